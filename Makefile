@@ -1,0 +1,23 @@
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: setup demo test lint
+
+setup: $(VENV)/installed
+
+# Made once; again only when a file that says what to install changes.
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt $(wildcard third_party/detectron2/*.*)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt ./third_party/detectron2 -e '.[deploy,dev]'
+	touch $@
+
+demo: setup
+	$(RUN) python tools/demo.py --output output/demo
+
+lint: setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+test: lint
+	$(RUN) python -m pytest

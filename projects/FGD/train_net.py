@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""Train, resume or evaluate a detector, with or without distillation; ``--help`` shows examples."""
+
+from fgd.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
