@@ -1,0 +1,41 @@
+"""Errors the deploy commands report in one line, and the exit code each of them means."""
+
+import sys
+import traceback
+from typing import Callable, Optional, Sequence
+
+
+class UserError(ValueError):
+    """Bad usage, path, config, checkpoint or image. The message says what, where, what to do."""
+
+    exit_code = 2
+
+
+class ParityError(RuntimeError):
+    """The exported graph could not be shown to equal the model."""
+
+    exit_code = 4
+
+
+def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequence[str]]) -> int:
+    """Call `func(argv)`; an exception that carries `exit_code` becomes one line on stderr.
+
+    Args:
+        func: the command's body; returns its exit code.
+        argv: arguments without the program name; None means `sys.argv[1:]`. `--debug` among them
+            prints the traceback before the line.
+    Returns:
+        What `func` returned, or the exception's `exit_code`. Any other exception passes through:
+        it is a bug, and its traceback (exit code 1) is what we want to see.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return func(argv)
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_code

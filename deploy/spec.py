@@ -1,0 +1,122 @@
+"""ModelSpec: all that a client must know to use an exported graph. Standard library only."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from deploy.errors import UserError
+
+FORMAT = "fgd-onnx-1"
+INPUT_NAMES = ("images", "image_sizes")
+OUTPUT_NAMES = ("num_dets", "boxes", "scores", "labels")
+_CHOICES = {
+    "task": ("detection",),
+    "input_format": ("BGR", "RGB"),
+    "input_dtype": ("float32", "uint8"),
+    "dynamic": ("none", "batch", "image"),
+}
+
+
+@dataclass
+class ModelSpec:
+    """Contract of one .onnx file; written as model.json and into the file's metadata.
+
+    The client resizes (PIL bilinear, shortest edge to `min_size`, longest at most `max_size`;
+    `min_size` 0 means no resizing), puts the pixels 0..255 at the top left of the canvas, and
+    scales boxes back. Normalising, masking, decoding and NMS are inside the graph.
+
+    Inputs:  images (B, 3, height, width) `input_dtype`, channels in `input_format` order;
+             image_sizes (B, 2) int32, the true (height, width) inside the canvas.
+    Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
+             true size; scores (B, K) float32 descending; labels (B, K) int32 indexing `classes`.
+             K = `max_detections`. Rows past num_dets: boxes and scores 0, label -1.
+
+    Raises:
+        UserError: a field has a value that no exporter of ours writes.
+    """
+
+    architecture: str  # meta-architecture, e.g. "RetinaNet"
+    classes: List[str]
+    input_format: str  # "BGR" | "RGB"
+    input_dtype: str  # "float32" | "uint8"
+    min_size: int  # pixels
+    max_size: int  # pixels
+    size_divisibility: int  # the canvas' sides are multiples of it
+    height: Optional[int]  # of the canvas; None when dynamic == "image"
+    width: Optional[int]
+    dynamic: str  # "none": batch 1 and one canvas | "batch" | "image": batch, height and width
+    max_detections: int
+    score_threshold: float
+    nms_threshold: float
+    mean: List[float]  # per channel, in `input_format` order; for information
+    std: List[float]
+    opset: int
+    task: str = "detection"
+    hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256
+    versions: Dict[str, str] = field(default_factory=dict)
+    format: str = FORMAT
+
+    def __post_init__(self):
+        if self.format != FORMAT:
+            raise UserError(f"model format {self.format!r} is not {FORMAT!r}; export it again")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"model spec: {name} is {getattr(self, name)!r}, not in {allowed}")
+        if not self.classes:
+            raise UserError("model spec: no class names")
+        if (self.height is None) != (self.dynamic == "image") or (
+            (self.width is None) != (self.height is None)
+        ):
+            raise UserError(
+                f"model spec: canvas {self.height}x{self.width} contradicts dynamic={self.dynamic}"
+            )
+
+    def to_json(self, path) -> None:
+        """Write the spec as indented JSON with sorted keys."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path) -> "ModelSpec":
+        """Read what `to_json` wrote. UserError for a missing, foreign or damaged file."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read model spec {path}: {error}") from error
+        return cls._from_dict(values, where=str(path))
+
+    def to_metadata(self) -> Dict[str, str]:
+        """Strings for ONNX `metadata_props`. The hash of the graph is left out: it would be its own
+        preimage."""
+        values = asdict(self)
+        values["hashes"] = {k: v for k, v in self.hashes.items() if k != "graph_sha256"}
+        return {
+            key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            for key, value in sorted(values.items())
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Dict[str, str]) -> "ModelSpec":
+        """Inverse of `to_metadata`; other keys are ignored. UserError as `from_json`."""
+        texts = {f.name for f in fields(cls) if f.type is str}
+        try:
+            values = {
+                f.name: metadata[f.name] if f.name in texts else json.loads(metadata[f.name])
+                for f in fields(cls)
+                if f.name in metadata
+            }
+        except ValueError as error:
+            raise UserError(f"the graph's metadata is damaged: {error}") from error
+        return cls._from_dict(values, where="the graph's metadata")
+
+    @classmethod
+    def _from_dict(cls, values: Any, where: str) -> "ModelSpec":
+        names = {f.name for f in fields(cls)}
+        found = set(values) if isinstance(values, dict) else set()
+        if found != names:
+            raise UserError(
+                f"{where} is no model spec of ours (missing {sorted(names - found)}, unknown "
+                f"{sorted(found - names)}); was the model written by deploy/export.py?"
+            )
+        return cls(**values)

@@ -1,0 +1,87 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from deploy.errors import UserError
+from deploy.spec import ModelSpec
+
+
+def _spec(**changes):
+    values = {
+        "architecture": "RetinaNet",
+        "classes": ["kreis", "größe", "a,b"],
+        "input_format": "BGR",
+        "input_dtype": "uint8",
+        "min_size": 96,
+        "max_size": 128,
+        "size_divisibility": 32,
+        "height": 96,
+        "width": 128,
+        "dynamic": "batch",
+        "max_detections": 100,
+        "score_threshold": 0.05,
+        "nms_threshold": 0.5,
+        "mean": [103.53, 116.28, 123.675],
+        "std": [1.0, 1.0, 1.0],
+        "opset": 18,
+        "hashes": {"checkpoint_sha256": "ab", "graph_sha256": "cd"},
+        "versions": {"torch": "2.11.0"},
+    }
+    return ModelSpec(**{**values, **changes})
+
+
+def test_json_round_trip(tmp_path):
+    spec = _spec()
+    spec.to_json(tmp_path / "model.json")
+    assert ModelSpec.from_json(tmp_path / "model.json") == spec
+
+
+@pytest.mark.parametrize("canvas", [(96, 128, "batch"), (None, None, "image")])
+def test_metadata_round_trip_without_the_graph_hash(canvas):
+    spec = _spec(height=canvas[0], width=canvas[1], dynamic=canvas[2])
+    metadata = spec.to_metadata()
+    assert all(isinstance(value, str) for value in metadata.values())
+    expected = replace(spec, hashes={"checkpoint_sha256": "ab"})
+    assert ModelSpec.from_metadata({**metadata, "somebody": "else"}) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_format": "GRAY"},
+        {"input_dtype": "float16"},
+        {"dynamic": "yes"},
+        {"classes": []},
+        {"height": None},
+        {"dynamic": "image"},
+        {"format": "fgd-onnx-0"},
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused(changes):
+    with pytest.raises(UserError):
+        _spec(**changes)
+
+
+@pytest.mark.parametrize("text", ["", "<html>", "[]", "{}", '{"task": "detection"}'])
+def test_foreign_json_is_refused(tmp_path, text):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="model"):
+        ModelSpec.from_json(path)
+
+
+def test_missing_file_foreign_and_damaged_metadata_are_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing.json"):
+        ModelSpec.from_json(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="export.py"):
+        ModelSpec.from_metadata({})
+    with pytest.raises(UserError, match="damaged"):
+        ModelSpec.from_metadata({**_spec().to_metadata(), "mean": "[1, 2"})
+
+
+def test_json_is_stable(tmp_path):
+    _spec().to_json(tmp_path / "a.json")
+    keys = list(json.loads((tmp_path / "a.json").read_text(encoding="utf-8")))
+    assert keys == sorted(keys)
