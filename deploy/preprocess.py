@@ -1,0 +1,162 @@
+"""From image files to the graph's input: reading, resizing, padding. numpy and Pillow only.
+
+Follows Detectron2 step by step (`read_image`, `ResizeShortestEdge`, `ResizeTransform`), so that a
+client without Detectron2 feeds the network the pixels it was trained on.
+"""
+
+from pathlib import Path
+from typing import Optional, Sequence, Tuple, Union
+
+import numpy as np
+from PIL import Image
+
+from deploy.errors import UserError
+from deploy.spec import ModelSpec
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; a file of 32 kB can claim to hold far more
+# Modes whose conversion to RGB keeps 8 bits per channel as they are. The others ("I;16", "I", "F",
+# "LAB") would be clipped to white or misread without a word.
+_EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ImageSource = Union[str, Path, Image.Image, np.ndarray]
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Pixels of one image, upright, as Detectron2's `read_image(path, "BGR")` gives them.
+
+    Args:
+        source: a path (BMP, GIF, JPEG, PNG, TIFF or WebP; first frame), a PIL image, or an array
+            (H, W, 3) uint8 in BGR order, which is passed through.
+        max_pixels: larger images are refused before they are decoded.
+    Returns:
+        (H, W, 3) uint8, BGR, 0..255. EXIF orientation is applied, alpha is dropped, grey is
+        repeated, palette and CMYK are converted.
+    Raises:
+        UserError: missing, damaged, too large, or more than 8 bits per channel; names the source.
+    """
+    if isinstance(source, np.ndarray):
+        return _check_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, f"PIL image {source.size}", max_pixels)
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            return _decode(image, str(source), max_pixels)
+    except UserError:
+        raise
+    except Exception as error:  # decoders meet hostile bytes with any exception type
+        raise UserError(f"cannot read image {source}: {error or type(error).__name__}") from error
+
+
+def _check_array(image: np.ndarray) -> np.ndarray:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise UserError(
+            f"image array is {image.dtype} {image.shape}; pass (H, W, 3) uint8 in BGR order, 0..255"
+        )
+    return image
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise UserError(f"{name}: {width}x{height} is more than the limit of {max_pixels} pixels")
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise UserError(f"{name}: mode {image.mode!r} is not 8 bits per channel; convert it first")
+    # Pillow turns a TIFF upright while loading it: read the tag afterwards, or it is turned twice
+    image.load()
+    method = _ORIENTATIONS.get(_orientation(image))
+    if method is not None:
+        image = image.transpose(method)
+    return np.asarray(image.convert("RGB"))[:, :, ::-1]
+
+
+def _orientation(image: Image.Image) -> Optional[int]:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a damaged EXIF block; Detectron2 ignores it as well (its issue 1885)
+        return None
+
+
+def resized_shape(
+    height: int, width: int, min_size: int, max_size: int, canvas: Optional[Tuple[int, int]] = None
+) -> Tuple[int, int]:
+    """(height, width) in pixels after Detectron2's test-time resizing.
+
+    The shortest edge becomes `min_size` unless the longest would then exceed `max_size`; rounding
+    is `int(x + 0.5)`; `min_size` 0 keeps the size. Where the result exceeds a fixed `canvas`
+    (H, W), say a portrait image on a landscape canvas, the image is shrunk further until it fits;
+    it is never cropped. A very thin image may get a side of 0: the caller must refuse it.
+    """
+    new_h, new_w = float(height), float(width)
+    if min_size > 0:
+        scale = min_size / min(height, width)
+        # the short edge is set, not multiplied: the rule must give min_size exactly
+        new_h, new_w = (min_size, scale * width) if height < width else (scale * height, min_size)
+        if max(new_h, new_w) > max_size:
+            scale = max_size / max(new_h, new_w)
+            new_h, new_w = new_h * scale, new_w * scale
+    new_h, new_w = int(new_h + 0.5), int(new_w + 0.5)
+    if canvas is not None and (new_h > canvas[0] or new_w > canvas[1]):
+        scale = min(canvas[0] / height, canvas[1] / width)
+        new_h = min(int(height * scale + 0.5), canvas[0])
+        new_w = min(int(width * scale + 0.5), canvas[1])
+    return new_h, new_w
+
+
+def resize(image: np.ndarray, shape: Tuple[int, int]) -> np.ndarray:
+    """PIL's bilinear filter on uint8, as Detectron2 does. (H, W, 3) -> (*shape, 3)."""
+    pil_image = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(pil_image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """One image at the size and in the channel order that the graph expects.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+    Returns:
+        (h, w, 3) uint8 in `spec.input_format` order; fits the canvas if the spec fixes one.
+    Raises:
+        UserError: the image is so thin that a side would shrink to nothing.
+    """
+    canvas = None if spec.height is None else (spec.height, spec.width)
+    height, width = image.shape[:2]
+    shape = resized_shape(height, width, spec.min_size, spec.max_size, canvas)
+    if min(shape) < 1:
+        raise UserError(
+            f"image {height}x{width} (height x width) is too thin: it would be resized "
+            f"to {shape[0]}x{shape[1]}"
+        )
+    return resize(image if spec.input_format == "BGR" else image[:, :, ::-1], shape)
+
+
+def make_batch(images: Sequence[np.ndarray], spec: ModelSpec) -> Tuple[np.ndarray, np.ndarray]:
+    """Place prepared images at the top left of one canvas each; the rest is 0.
+
+    Args:
+        images: (h, w, 3) uint8 arrays from `prepare`, at least one; sizes may differ.
+    Returns:
+        images (B, 3, H, W) of `spec.input_dtype`, and image_sizes (B, 2) int32 as (h, w). The
+        canvas is the spec's, or the largest height and width rounded up to its divisibility.
+    """
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    if spec.height is None:
+        step = max(spec.size_divisibility, 1)
+        height, width = (int(-(-side // step) * step) for side in sizes.max(axis=0))
+    else:
+        height, width = spec.height, spec.width
+    batch = np.zeros((len(images), 3, height, width), spec.input_dtype)
+    for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
+        canvas[:, :h, :w] = image.transpose(2, 0, 1)
+    return batch, sizes

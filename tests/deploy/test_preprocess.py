@@ -1,0 +1,182 @@
+"""The pixels a client feeds are Detectron2's; what cannot be read right is refused."""
+
+import io
+
+import numpy as np
+import pytest
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deploy.errors import UserError
+from deploy.preprocess import load_image, make_batch, prepare, resized_shape
+from tests.deploy.fake_graph import fake_spec
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(1, 2000))
+def test_resized_shape_is_detectron2s(height, width, min_size, max_size):
+    expected = T.ResizeShortestEdge.get_output_shape(height, width, min_size, max_size)
+    assert resized_shape(height, width, min_size, max_size) == expected
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((480, 640), (800, 1067)),  # fits: as without a canvas
+        ((640, 480), (800, 600)),  # portrait: 1067x800 does not fit, shrunk to the canvas' height
+        ((100, 4000), (33, 1333)),
+        ((4000, 100), (800, 20)),
+    ],
+)
+def test_fixed_canvas_shrinks_and_never_crops(size, expected):
+    assert resized_shape(*size, 800, 1333, canvas=(800, 1344)) == expected
+
+
+def test_min_size_zero_keeps_the_size_unless_the_canvas_is_smaller():
+    assert resized_shape(50, 70, 0, 0) == (50, 70)
+    assert resized_shape(50, 70, 0, 0, canvas=(64, 96)) == (50, 70)
+    assert resized_shape(100, 140, 0, 0, canvas=(64, 96)) == (64, 90)
+
+
+@pytest.mark.parametrize("size", [(37, 91), (91, 37), (64, 64), (300, 200)])
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_prepared_pixels_equal_detectron2s(size, order):
+    image = noise(*size)
+    source = image if order == "BGR" else image[:, :, ::-1]
+    expected = T.ResizeShortestEdge([48, 48], 80).get_transform(source).apply_image(source)
+    spec = fake_spec(
+        input_format=order, min_size=48, max_size=80, dynamic="image", height=None, width=None
+    )
+    np.testing.assert_array_equal(prepare(image, spec), expected)
+
+
+def test_too_thin_image_is_refused_with_both_sizes():
+    with pytest.raises(UserError, match="1x4000.* 0x96"):
+        prepare(noise(1, 4000), fake_spec())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_batch_is_top_left_zero_padded_and_rounded_up(dtype):
+    spec = fake_spec(dynamic="image", height=None, width=None, input_dtype=dtype)
+    images = [noise(40, 33, 1), noise(20, 70, 2)]
+    batch, sizes = make_batch(images, spec)
+    assert batch.shape == (2, 3, 64, 96) and batch.dtype == dtype
+    assert sizes.dtype == np.int32 and sizes.tolist() == [[40, 33], [20, 70]]
+    for canvas, image, (h, w) in zip(batch, images, sizes, strict=True):
+        np.testing.assert_array_equal(canvas[:, :h, :w].transpose(1, 2, 0), image)
+        assert canvas.sum(dtype=np.int64) == image.sum(dtype=np.int64)
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_orientation_as_detectron2(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(noise(8, 16)), tmp_path / f"a{suffix}", exif=exif)
+    np.testing.assert_array_equal(load_image(path), read_image(str(path), "BGR"))
+    assert load_image(path).shape[:2] == ((8, 16) if orientation < 5 else (16, 8))
+
+
+def test_oriented_tiff_is_turned_once(tmp_path):
+    pixels = noise(8, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side: turn clockwise to see it upright
+    path = save(Image.fromarray(pixels), tmp_path / "a.tif", exif=exif)
+    np.testing.assert_array_equal(load_image(path), np.rot90(pixels, -1)[:, :, ::-1])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_modes_are_converted_as_detectron2(tmp_path, mode):
+    image = Image.fromarray(noise(6, 7)).convert(mode)
+    path = save(image, tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    np.testing.assert_array_equal(load_image(path), read_image(str(path), "BGR"))
+    assert load_image(image).shape == (6, 7, 3)
+
+
+def test_transparent_pixels_keep_their_colour():
+    red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert load_image(red)[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_refused(tmp_path, name):
+    path = save(Image.fromarray(np.full((4, 4), 300, np.uint16)), tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}.*I;16.*8 bits"):
+        load_image(path)
+
+
+def test_bomb_is_refused_before_decoding(tmp_path):
+    path = save(Image.new("1", (16384, 16384)), tmp_path / "bomb.png")
+    assert path.stat().st_size < 50_000
+    with pytest.raises(UserError, match="bomb.png"):
+        load_image(path)
+    with pytest.raises(UserError, match="20x10 is more than the limit of 199"):
+        load_image(Image.new("L", (20, 10)), max_pixels=199)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+)
+def test_foreign_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"photo\.jpg"):
+        load_image(path)
+
+
+def test_missing_and_truncated_files_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.jpg"):
+        load_image(tmp_path / "gone.jpg")
+    path = save(Image.fromarray(noise(64, 64)), tmp_path / "cut.jpg")
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(UserError, match=r"cut\.jpg.*truncated"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),  # 0..1 or 0..255? better asked than guessed
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_arrays_of_another_layout_are_refused(array):
+    with pytest.raises(UserError, match="pass"):
+        load_image(array)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's remarks about the mutants
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_damaged_files_give_pixels_or_user_error(tmp_path, kind):
+    """60 mutations per format: nothing but UserError may come out, whatever the decoder does."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(24, 24)).save(buffer, kind)
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+        where = generator.integers(0, min(len(content), 300), 8)
+        content[where] = generator.integers(0, 256, 8)
+        path = tmp_path / "mutant"
+        path.write_bytes(content[: generator.integers(1, len(content) + 1)].tobytes())
+        try:
+            assert load_image(path).ndim == 3
+        except UserError as error:
+            refused += 1
+            assert "mutant" in str(error)
+    assert refused > 10

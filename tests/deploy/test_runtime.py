@@ -1,0 +1,190 @@
+"""OrtDetector on graphs whose outputs are known exactly, and its refusals."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from deploy.errors import UserError
+from deploy.runtime import OrtDetector, rescale
+from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
+
+NO_CANVAS = {"dynamic": "image", "height": None, "width": None}
+
+
+@pytest.fixture
+def model(tmp_path):
+    write_fake_graph(tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def plain(height, width, bgr=(255, 128, 26)):
+    return np.full((height, width, 3), bgr, np.uint8)
+
+
+def test_boxes_come_back_in_original_pixels(model):
+    """480x640 is resized to 64x85: the fractions must hold on the original size again."""
+    (found,) = OrtDetector(model).detect([plain(480, 640)])
+    assert found.size == (480, 640) and found.input_size == (64, 85) and not found.shrunk
+    expected = np.array(FRACTIONS) * [640, 480, 640, 480]
+    np.testing.assert_allclose(found.boxes, expected, atol=1e-3)
+    np.testing.assert_allclose(found.scores, np.array([255, 128, 26]) / 255, atol=1e-6)
+    assert found.labels.tolist() == [0, 1, 2] and found.boxes.dtype == np.float32
+
+
+@pytest.mark.parametrize("order, expected", [("BGR", [30, 20, 10]), ("RGB", [10, 20, 30])])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_channel_order_is_the_specs_for_every_kind_of_source(tmp_path, order, expected, dtype):
+    write_fake_graph(tmp_path / "m.onnx", fake_spec(input_format=order, input_dtype=dtype))
+    rgb = plain(64, 96, (10, 20, 30))
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(rgb), rgb[:, :, ::-1]]
+    for found in OrtDetector(tmp_path / "m.onnx").detect(sources):
+        np.testing.assert_allclose(found.scores * 255, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, NO_CANVAS, {"dynamic": "none"}], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_ragged_batches_equal_single_images(tmp_path, changes, batch_size):
+    write_fake_graph(tmp_path / "m.onnx", fake_spec(**changes))
+    sizes = [(48, 100), (200, 150), (64, 64), (90, 31), (480, 640)]
+    images = [plain(h, w, (i * 40, i * 30, i * 20)) for i, (h, w) in enumerate(sizes)]
+    detector = OrtDetector(tmp_path / "m.onnx")
+    found = detector.detect(images, batch_size=batch_size)
+    for detections, (h, w), i in zip(found, sizes, range(5), strict=True):
+        assert detections.size == (h, w)
+        np.testing.assert_allclose(detections.boxes, np.array(FRACTIONS) * [w, h, w, h], atol=1e-3)
+        np.testing.assert_allclose(detections.scores * 255, [i * 40, i * 30, i * 20], atol=1e-4)
+
+
+def test_portrait_on_a_landscape_canvas_is_shrunk_and_says_so(model):
+    (found,) = OrtDetector(model).detect([plain(640, 480)])
+    assert found.input_size == (64, 48) and found.shrunk
+    expected = np.array(FRACTIONS) * [480, 640, 480, 640]
+    np.testing.assert_allclose(found.boxes, expected, atol=1e-3)
+
+
+def test_only_valid_rows_above_the_score_and_not_empty_are_returned(tmp_path):
+    write_fake_graph(tmp_path / "two.onnx", count=2)
+    assert len(OrtDetector(tmp_path / "two.onnx").detect([plain(64, 96)])[0].scores) == 2
+    write_fake_graph(tmp_path / "none.onnx", count=0)
+    (found,) = OrtDetector(tmp_path / "none.onnx").detect([plain(64, 96)])
+    assert found.boxes.shape == (0, 4) and found.scores.shape == found.labels.shape == (0,)
+    fractions = (FRACTIONS[0], (0.3, 0.2, 0.3, 0.9), (1.1, 0.0, 1.5, 1.0))  # flat, outside
+    write_fake_graph(tmp_path / "empty.onnx", fractions=fractions)
+    assert OrtDetector(tmp_path / "empty.onnx").detect([plain(9, 9)])[0].labels.tolist() == [0]
+    detector = OrtDetector(tmp_path / "two.onnx", min_score=0.6)
+    assert detector.detect([plain(64, 96)])[0].labels.tolist() == [0]
+
+
+def test_no_images_and_no_batch(model):
+    detector = OrtDetector(model)
+    assert detector.detect([]) == []
+    with pytest.raises(UserError, match="batch size is 0"):
+        detector.detect([plain(4, 4)], batch_size=0)
+
+
+def test_rescale_equals_detectron2s_postprocessing():
+    generator = np.random.default_rng(0)
+    boxes = generator.uniform(-30, 1400, (500, 4)).astype(np.float32)
+    instances = Instances((800, 1067), pred_boxes=Boxes(torch.from_numpy(boxes.copy())))
+    expected = detector_postprocess(instances, 375, 500).pred_boxes.tensor.numpy()
+    actual = rescale(boxes, (800, 1067), (375, 500))
+    actual = actual[(actual[:, 2:] > actual[:, :2]).all(axis=1)]
+    assert 50 < len(actual) < 500
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_threads_sharing_a_session_agree_with_serial_calls(model):
+    detector = OrtDetector(model, threads=1)
+    images = [plain(50 + i, 90 - i, (i, 2 * i, 3 * i)) for i in range(40)]
+    serial = [detector.detect([image])[0] for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        parallel = list(pool.map(lambda image: detector.detect([image])[0], images))
+    for one, other in zip(serial, parallel, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize("pixels", [0, 255], ids=["nan", "infinity"])
+def test_non_finite_outputs_are_reported(tmp_path, pixels):
+    write_fake_graph(tmp_path / "m.onnx", divisor=0.0)
+    with pytest.raises(UserError, match=r"m\.onnx gives NaN or infinity"):
+        OrtDetector(tmp_path / "m.onnx").detect([plain(8, 8, (pixels,) * 3)])
+
+
+def test_more_labels_than_class_names_is_reported(tmp_path):
+    write_fake_graph(tmp_path / "m.onnx", labels=(0, 1, 3))
+    with pytest.raises(UserError, match="class 3, but names only 3 classes"):
+        OrtDetector(tmp_path / "m.onnx").detect([plain(8, 8)])
+
+
+def test_sidecar_must_belong_to_the_graph(model):
+    spec = fake_spec(hashes={"graph_sha256": hashlib.sha256(model.read_bytes()).hexdigest()})
+    spec.to_json(model.with_suffix(".json"))
+    assert OrtDetector(model).sha256 == spec.hashes["graph_sha256"]
+    graph = onnx.load(model)
+    graph.graph.name = "changed"
+    onnx.save(graph, model)
+    with pytest.raises(UserError, match=r"model\.onnx is not the graph that .*model\.json"):
+        OrtDetector(model)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "html", "folder"])
+def test_damaged_files_are_refused_by_name(model, damage):
+    content = model.read_bytes()
+    model.unlink()
+    if damage == "folder":
+        model.mkdir()
+    elif damage != "missing":
+        parts = {"empty": b"", "truncated": content[:-700], "html": b"<html>404</html>"}
+        model.write_bytes(parts[damage])
+    with pytest.raises(UserError, match=r"model\.onnx"):
+        OrtDetector(model)
+
+
+def test_foreign_graphs_are_refused(tmp_path):
+    write_fake_graph(tmp_path / "bare.onnx", metadata=False)
+    with pytest.raises(UserError, match=r"bare\.onnx was not written by deploy/export"):
+        OrtDetector(tmp_path / "bare.onnx")
+    write_fake_graph(tmp_path / "renamed.onnx")
+    graph = onnx.load(tmp_path / "renamed.onnx")
+    graph.graph.output[0].name = graph.graph.node[10].output[0] = "count_out"
+    onnx.save(graph, tmp_path / "renamed.onnx")
+    with pytest.raises(UserError, match=r"outputs \['count_out'"):
+        OrtDetector(tmp_path / "renamed.onnx")
+    write_fake_graph(tmp_path / "typed.onnx")
+    graph = onnx.load(tmp_path / "typed.onnx")
+    onnx.helper.set_model_props(graph, fake_spec(input_dtype="uint8").to_metadata())
+    onnx.save(graph, tmp_path / "typed.onnx")
+    with pytest.raises(UserError, match="says uint8"):
+        OrtDetector(tmp_path / "typed.onnx")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider", "tensorrt", "abacus"])
+def test_absent_providers_are_errors_not_cpu_runs(model, provider, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(UserError, match=r"(?i)provider|TensorRT|abacus"):
+        OrtDetector(model, providers=[provider])
+
+
+def test_used_provider_is_compared_with_the_wanted_one(model, monkeypatch):
+    """A build that lists CUDA but falls back: what an onnxruntime-gpu does on a bare machine."""
+    from deploy import runtime
+
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    real = runtime.ort.InferenceSession
+    monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(
+        runtime.ort,
+        "InferenceSession",
+        lambda *args, providers, **kwargs: real(*args, providers=listed[1:], **kwargs),
+    )
+    with pytest.raises(UserError, match="asked for CUDA.*started CPU"):
+        OrtDetector(model, providers=["cuda"])
