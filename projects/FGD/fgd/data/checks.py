@@ -1,0 +1,84 @@
+"""Classes of the datasets against classes of the model, before the first step.
+
+Without this, a dataset with one class too many trains the extra class as background, one with fewer
+wastes outputs, and one with two more dies in a CUDA assert.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import student_config
+from ..errors import UserError
+
+__all__ = ["check_class_count", "class_names"]
+
+# Meta-architecture -> the config key of its number of classes. A new detector adds one line.
+NUM_CLASSES_KEYS = {
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+}
+
+
+def _value(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _dataset_classes(name: str) -> list[str]:
+    if name not in DatasetCatalog.list():
+        raise UserError(f"dataset {name!r} is not registered; call register_from_config(cfg) first")
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(name)  # sets registered by Python code learn their classes on loading
+    classes = metadata.get("thing_classes")
+    if not classes:
+        raise UserError(f"dataset {name!r} has no thing_classes")
+    return list(classes)
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Class names in label order, the same for every dataset of the config.
+
+    Args:
+        cfg: as `register_from_config` returned it.
+    Raises:
+        UserError: no dataset at all, or two that differ in names or order; shows both.
+    """
+    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    if not datasets:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: nothing tells the class names")
+    first = _dataset_classes(datasets[0])
+    for other in datasets[1:]:
+        classes = _dataset_classes(other)
+        if classes != first:
+            raise UserError(
+                f"datasets {datasets[0]!r} and {other!r} differ in their classes or the order of "
+                f"them: {_shorten(first)} against {_shorten(classes)}"
+            )
+    return first
+
+
+def check_class_count(cfg: CfgNode) -> list[str]:
+    """Class names, after checking that the student has exactly one output for each.
+
+    Raises:
+        UserError: the counts differ, with both counts, the names and the key to set; or as
+            `class_names`; or a meta-architecture whose key is not known here.
+    """
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
+    if architecture not in NUM_CLASSES_KEYS:
+        known = ", ".join(NUM_CLASSES_KEYS)
+        raise UserError(f"student architecture {architecture!r} is none of those known: {known}")
+    key = NUM_CLASSES_KEYS[architecture]
+    names, count = class_names(cfg), _value(cfg, key)
+    if len(names) != count:
+        raise UserError(
+            f"the dataset has {len(names)} classes ({_shorten(names)}) but {key} is {count}: "
+            f"set {key} {len(names)}"
+        )
+    return names
+
+
+def _shorten(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f", ... {len(names)} in all" if len(names) > most else "")
