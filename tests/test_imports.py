@@ -1,0 +1,59 @@
+"""Who may import what: clients of a graph need no torch and no Detectron2, fgd needs no deploy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAINING = {"torch", "torchvision", "detectron2", "fvcore", "fgd", "timm"}
+STDLIB_ONLY = TRAINING | {"numpy", "PIL", "onnx", "onnxruntime", "pycocotools"}
+FORBIDDEN = {
+    "deploy.errors": STDLIB_ONLY,
+    "deploy.spec": STDLIB_ONLY,
+    "deploy.files": STDLIB_ONLY,
+    "deploy.preprocess": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
+    "deploy.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
+    "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
+    "deploy.predict": TRAINING | {"onnx", "pycocotools"},
+    "deploy.evaluate": TRAINING | {"onnx"},
+    "deploy.benchmark": TRAINING,
+}
+
+
+@pytest.mark.parametrize("module", FORBIDDEN)
+def test_importing_in_a_fresh_process_stays_light(module):
+    """In a new interpreter, so that imports made by other tests do not count."""
+    code = f"import sys, {module}; print(*sorted({{n.split('.')[0] for n in sys.modules}}))"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split()
+    assert "deploy" in loaded
+    assert FORBIDDEN[module] & set(loaded) == set()
+
+
+def imported_packages(path):
+    """Top-level names of every import statement in a file, nested ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_fgd_never_imports_deploy():
+    files = sorted((ROOT / "projects" / "FGD").rglob("*.py"))
+    assert files
+    assert [path.name for path in files if "deploy" in set(imported_packages(path))] == []
+
+
+def test_deploy_never_imports_tests_or_tools():
+    for path in sorted((ROOT / "deploy").rglob("*.py")):
+        assert not {"tests", "tools"} & set(imported_packages(path)), path
+
+
+def test_no_deploy_file_hides_a_module_that_others_import():
+    """`python deploy/export.py` puts deploy/ first on the path of imports."""
+    hidden = TRAINING | STDLIB_ONLY | set(sys.stdlib_module_names) | {"onnxscript", "hypothesis"}
+    names = {path.stem for path in (ROOT / "deploy").iterdir() if path.name != "__pycache__"}
+    assert "runtime" in names and names & hidden == set()
