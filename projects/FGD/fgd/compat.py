@@ -1,0 +1,66 @@
+"""What differs between Detectron2 v0.6 and upstream main (which calls itself 0.6 as well).
+
+Features are looked up, never version numbers. Each branch can go when its side is no longer
+supported. Elsewhere the project uses only what both have in common.
+"""
+
+import torch
+import torch.distributed as dist
+from detectron2.solver import build as d2_solver
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def create_local_process_group(processes_per_machine: int) -> None:
+    """Tell Detectron2 which ranks share this machine; every rank must call it once.
+
+    main has a function for it. v0.6 leaves it to its own ``launch()``, which refuses to run without
+    CUDA, and everything in ``comm`` that asks for a local rank fails until it is set.
+    """
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(processes_per_machine)
+        return
+    machine = comm.get_rank() // processes_per_machine
+    for i in range(comm.get_world_size() // processes_per_machine):
+        first = i * processes_per_machine
+        group = dist.new_group(list(range(first, first + processes_per_machine)))
+        if i == machine:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """The model itself in a single process, else its DistributedDataParallel.
+
+    Detectron2's ``create_ddp_model`` always passes ``device_ids``, which CPU modules refuse.
+    Buffers are not broadcast, as there: each rank keeps its own batch norm statistics.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def has_fast_coco_eval() -> bool:
+    """Whether Detectron2's compiled COCO evaluation is there; a pure-Python build has none."""
+    try:
+        from detectron2.evaluation.fast_eval_api import COCOeval_opt  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def clip_types() -> tuple[str, ...]:
+    """Values of SOLVER.CLIP_GRADIENTS.CLIP_TYPE that Detectron2's own solver understands."""
+    return tuple(kind.value for kind in d2_solver.GradientClipType)
+
+
+def backend_for(device: str) -> str:
+    """Process group backend for a MODEL.DEVICE: NCCL between GPUs, gloo between CPU processes."""
+    return "nccl" if torch.device(device).type == "cuda" else "gloo"

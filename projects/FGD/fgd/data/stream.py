@@ -1,0 +1,154 @@
+"""The endless stream of training batches: a function of the seed and the iteration alone.
+
+Detectron2's loader cannot be continued: a resumed run reads the same images from the start again,
+and augmentation depends on how many workers there are. Here batches are planned from the dataset's
+metadata, so a resumed run starts at any iteration without decoding an image, and each sample is
+augmented from its own seed. The stream is bit-equal for any number of workers.
+"""
+
+import itertools
+import logging
+from typing import Callable, Iterable, Iterator, List, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
+
+from .. import rng
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SampleKey = Tuple[int, int]  # index in the dataset, position in this rank's stream of samples
+
+
+def plan_batches(
+    indices: Iterable[int], groups: Sequence[int], batch_size: int
+) -> Iterator[List[SampleKey]]:
+    """Batches of samples that belong to one group, each as soon as it is full.
+
+    With ``groups`` 0 for wide images and 1 for others this is Detectron2's aspect ratio grouping,
+    without reading any image.
+    """
+    waiting: dict[int, List[SampleKey]] = {}
+    for position, index in enumerate(indices):
+        batch = waiting.setdefault(groups[index], [])
+        batch.append((index, position))
+        if len(batch) == batch_size:
+            yield waiting.pop(groups[index])
+
+
+class _SeededSamples(Dataset):
+    """Maps a `SampleKey` to a training sample, augmented from (seed, rank, position)."""
+
+    def __init__(self, dicts: list, mapper: Callable, seed: int):
+        self.dicts = DatasetFromList(dicts, copy=False)
+        self.mapper = mapper
+        self.seed = seed
+        self.rank = comm.get_rank()
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        index, position = key
+        sample = self.dicts[index]
+        with rng.seeded(self.seed, self.rank, position):
+            try:
+                return self.mapper(sample)
+            except OSError as error:
+                raise UserError(f"cannot read {sample.get('file_name')}: {error}") from error
+
+
+class TrainStream:
+    """Iterate to get this rank's batches, lists of Detectron2's training dicts, without end.
+
+    Set ``start``, the training iteration that gets the first batch, or ``seed`` before a batch is
+    drawn.
+    """
+
+    def __init__(
+        self,
+        dicts: list,
+        mapper: Callable,
+        make_sampler: Callable[[int], Iterable[int]],
+        *,
+        batch_size: int,
+        seed: int,
+        group_by_aspect_ratio: bool = True,
+        num_workers: int = 0,
+    ):
+        self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.groups = [0] * len(dicts)
+        if group_by_aspect_ratio:
+            self.groups = [0 if x["width"] > x["height"] else 1 for x in dicts]
+        self.seed, self.start = seed, 0
+
+    def __iter__(self) -> Iterator[List[dict]]:
+        # A generator: nothing below runs before the first batch is asked for, so a trainer that
+        # makes its iterator early (v0.6) can still be resumed.
+        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
+        yield from DataLoader(
+            _SeededSamples(self.dicts, self.mapper, self.seed),
+            batch_sampler=itertools.islice(batches, self.start, None),
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            # Without one of its own, the loader draws from the global generator.
+            generator=Generator(),
+        )
+
+
+def build_train_stream(cfg: CfgNode) -> TrainStream:
+    """The stream of DATASETS.TRAIN under Detectron2's DATALOADER and INPUT keys.
+
+    SEED < 0 gives a random stream, the same in all processes.
+
+    Raises:
+        UserError: unknown sampler, or IMS_PER_BATCH is not a multiple of the number of processes.
+    """
+    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if rest or batch_size == 0:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH} images cannot be divided among "
+            f"{comm.get_world_size()} processes"
+        )
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    return TrainStream(
+        dicts,
+        DatasetMapper(cfg, True),
+        _sampler_maker(cfg, dicts),
+        batch_size=batch_size,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def _sampler_maker(cfg: CfgNode, dicts: list) -> Callable[[int], Iterable[int]]:
+    """seed -> Detectron2's sampler of DATALOADER.SAMPLER_TRAIN; each rank gets its share."""
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dicts)
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(size, seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return lambda seed: RandomSubsetTrainingSampler(
+            size, ratio, seed_shuffle=seed, seed_subset=seed
+        )
+    raise UserError(f"DATALOADER.SAMPLER_TRAIN: {name!r} is not supported")

@@ -1,0 +1,237 @@
+"""Read weight files without executing anything in them, and load them completely or not at all."""
+
+import collections
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import _filter_reused_missing_keys
+from torch import nn
+
+from .errors import UserError
+
+# Everything that numpy arrays, numbers and containers need; numpy 1 and 2 spell their module apart.
+_PICKLE_GLOBALS = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _PICKLE_GLOBALS[_module, "_reconstruct"] = np.empty(0).__reduce__()[0]
+    _PICKLE_GLOBALS[_module, "scalar"] = np.float32(0).__reduce__()[0]
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """Stands in for ``_codecs.encode``, which python 2 compatible pickles use to write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes written as {encoding!r}")
+    return text.encode("latin1")
+
+
+_PICKLE_GLOBALS["_codecs", "encode"] = _encode_latin1
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        try:
+            return _PICKLE_GLOBALS[module, name]
+        except KeyError:
+            raise UserError(f"refused: contains code or objects ({module}.{name})") from None
+
+
+@dataclass
+class LoadReport:
+    """What became of each name of a model's state dict when a file was loaded into it."""
+
+    loaded: int
+    missing: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)  # "name (file shape, model shape)"
+    unexpected: list[str] = field(default_factory=list)  # names of the file that the model lacks
+    nonfinite: list[str] = field(default_factory=list)
+    iteration: Optional[int] = None  # of the last training step, where the file says so
+
+    def summary(self) -> str:
+        """One line: counts, and the first names of each list that is not empty."""
+        parts = [f"{self.loaded} tensors loaded"]
+        for title, names in (
+            ("not in the file", self.missing),
+            ("of another shape", self.mismatched),
+            ("with NaN or infinite values", self.nonfinite),
+            ("in the file only", self.unexpected),
+        ):
+            if names:
+                more = ", ..." if len(names) > 3 else ""
+                parts.append(f"{len(names)} {title} ({', '.join(names[:3])}{more})")
+        return ", ".join(parts)
+
+
+def read_weights(path: str) -> dict:
+    """Content of a weight file; "model" maps names to tensors or arrays, on the CPU.
+
+    Args:
+        path: local path or any address of Detectron2 (``detectron2://``, ``https://``,
+            ``catalog://``). ``.pkl`` is read as the model zoo's pickle of numpy arrays, anything
+            else by ``torch.load(weights_only=True)``. A bare state dict is accepted. As in
+            Detectron2, "matching_heuristics" marks files whose names are shortened.
+    Raises:
+        UserError: not there, empty, damaged, not a weight file, or it would execute code.
+    """
+    address, _, heuristics = path.partition("?matching_heuristics=")
+    local = _local_path(address)
+    try:
+        data = _read_pickle(local) if local.endswith(".pkl") else _read_torch(local)
+        checkpoint = _as_checkpoint(data, local)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if heuristics == "True":
+        checkpoint["matching_heuristics"] = True
+    return checkpoint
+
+
+def _local_path(path: str) -> str:
+    if not path:
+        raise UserError("no weight file given")
+    try:
+        local = PathManager.get_local_path(path)
+        with open(local, "rb") as file:
+            head = file.read(64).lstrip().lower()
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot read weights ({error})") from None
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: this is a web page, not weights; the download went wrong")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: this is a Git LFS pointer; fetch the file itself (git lfs pull)")
+    return local
+
+
+def _read_pickle(path: str):
+    with open(path, "rb") as file:
+        try:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle can raise almost anything
+            raise UserError(f"damaged or not a pickle ({type(error).__name__}: {error})") from None
+
+
+def _read_torch(path: str):
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged archives raise almost anything, EOFError without a text
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden:
+            raise UserError(f"refused: contains code or objects ({forbidden[1]})") from None
+        raise UserError(f"damaged or not a PyTorch file ({type(error).__name__})") from None
+
+
+def _check_archive(path: str) -> None:
+    """Verify the checksums in a .pth archive: torch.load skips them and loads flipped bits."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # the format before torch 1.6, which has no checksums
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        raise UserError(f"damaged or incomplete ({error})") from None
+    if damaged:
+        raise UserError(f"damaged: the checksum of {damaged} is wrong; fetch or copy it again")
+
+
+def _as_checkpoint(data, path: str) -> dict:
+    """Detectron2's reading of each kind of file, with "model" always there."""
+    if not isinstance(data, dict):
+        raise UserError(f"expected a dict of weights, found a {type(data).__name__}")
+    if path.endswith(".pkl") and not ("model" in data and "__author__" in data):
+        blobs = data.get("blobs", data)  # Caffe2; detection models have "blobs", ImageNet's do not
+        model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+        data = {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+    elif path.endswith(".pyth") and "model_state" in data:  # pycls
+        model = {
+            k: v for k, v in data["model_state"].items() if not k.endswith("num_batches_tracked")
+        }
+        data = {"model": model, "__author__": "pycls", "matching_heuristics": True}
+    elif "model" not in data and isinstance(data.get("state_dict"), dict):
+        raise UserError(
+            "this looks like an MMDetection or Lightning checkpoint (it has 'state_dict'); "
+            "Detectron2's names differ, convert it first"
+        )
+    elif "model" not in data:
+        data = {"model": data}
+    if not isinstance(data["model"], dict) or not data["model"]:
+        raise UserError("it holds no weights")
+    for name, value in data["model"].items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise UserError(f"not a weight file: {name!r} is a {type(value).__name__}")
+    return data
+
+
+def load_complete(
+    model: nn.Module,
+    path: str,
+    *,
+    what: str = "teacher",
+    prefix_filter: Optional[str] = None,
+    allow_partial: bool = False,
+) -> LoadReport:
+    """Load a weight file into ``model``, with Detectron2's own matching of names.
+
+    Args:
+        what: whose weights these are, for messages.
+        prefix_filter: judge only the names of the model that start with this.
+        allow_partial: accept missing and mismatched names, as long as anything was loaded.
+    Raises:
+        UserError: anything is missing or has another shape (unless allowed), nothing was loaded,
+            or a value is NaN or infinite (never allowed). The model is then partly overwritten.
+    """
+    checkpoint = read_weights(path)
+    try:
+        incompatible = DetectionCheckpointer(model)._load_model(checkpoint)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{what} weights {path}: {' '.join(str(error).split())}") from None
+    report = _report(model, incompatible, prefix_filter or "")
+    report.iteration = checkpoint.get("iteration")
+    incomplete = report.missing or report.mismatched
+    if report.nonfinite or not report.loaded or (incomplete and not allow_partial):
+        raise UserError(
+            f"{what} weights {path} do not fit: {report.summary()}. Check that the file belongs to "
+            f"the {what}'s config"
+        )
+    return report
+
+
+def _report(model: nn.Module, incompatible, prefix: str) -> LoadReport:
+    state = {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
+    shapes = {
+        name: f"{name} {tuple(in_file)} in the file, {tuple(in_model)} in the model"
+        for name, in_file, in_model in incompatible.incorrect_shapes
+        if name in state
+    }
+    # Shared tensors count as there under any of their names. The counter of batch norm has no
+    # effect unless momentum is None, and converted files lack it.
+    missing = [
+        name
+        for name in _filter_reused_missing_keys(model, incompatible.missing_keys)
+        if name in state and name not in shapes and not name.endswith("num_batches_tracked")
+    ]
+    nonfinite = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    return LoadReport(
+        loaded=len(state.keys() - shapes.keys() - set(incompatible.missing_keys)),
+        missing=sorted(missing),
+        mismatched=sorted(shapes.values()),
+        unexpected=sorted(incompatible.unexpected_keys),
+        nonfinite=nonfinite,
+    )
