@@ -1,0 +1,158 @@
+"""Every config key of the project, and the only ways in which its commands read configs."""
+
+import os
+from contextlib import contextmanager
+from typing import Sequence
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from .backbones import add_timm_config
+from .data.datasets import add_data_config
+from .errors import UserError
+from .methods import METHOD_REGISTRY
+from .solver import add_solver_config
+from .yaml_config import SafeCfgNode, parse_yaml
+
+META_ARCHITECTURE = "Distiller"
+
+
+def add_fgd_config(cfg: CfgNode) -> None:
+    """Add the project's keys, all off by default, to a Detectron2 config, in place."""
+    add_timm_config(cfg)
+    add_data_config(cfg)
+    add_solver_config(cfg)
+    cfg.MODEL.DISTILLER = _distiller_node(type(cfg))
+
+
+def _distiller_node(Node) -> CfgNode:
+    distiller = Node()
+    # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller" while training.
+    distiller.STUDENT = "RetinaNet"
+    # Name in fgd.methods.METHOD_REGISTRY.
+    distiller.METHOD = "FGD"
+    # Names of the distilled backbone outputs. [] = the paper's choice for the student's detector:
+    # p3-p7 for dense detectors, p2-p5 for R-CNN (p6 there is only a max-pool of p5).
+    distiller.LEVELS = []
+    # Copy the teacher's neck and head into the student where names and shapes agree (paper,
+    # "inheriting strategy"). Off, because it needs a teacher of the same detector family.
+    distiller.INHERIT = False
+
+    distiller.TEACHER = Node()
+    # Any Detectron2 yaml: a path, or one of the model zoo's ("COCO-Detection/….yaml").
+    # "" = the config stored in the checkpoint of a teacher that this project trained.
+    distiller.TEACHER.CONFIG_FILE = ""
+    # Path, URL or detectron2:// address, as MODEL.WEIGHTS takes them. Must load completely.
+    distiller.TEACHER.WEIGHTS = ""
+    # Go on although teacher weights are missing or do not fit. A teacher with random parts
+    # teaches noise, so this is for deliberate experiments only.
+    distiller.TEACHER.ALLOW_PARTIAL_WEIGHTS = False
+
+    distiller.FGD = Node()
+    # The four weights of one level's terms, no unit. Sums over cells and channels divided by the
+    # images per GPU, so they belong to the input size: RetinaNet's at 1333x800 are the default.
+    distiller.FGD.FOREGROUND_WEIGHT = 1e-3  # alpha
+    distiller.FGD.BACKGROUND_WEIGHT = 5e-4  # beta
+    distiller.FGD.ATTENTION_WEIGHT = 5e-4  # gamma; authors' class default 1e-3, their configs 5e-4
+    distiller.FGD.RELATION_WEIGHT = 5e-6  # lambda
+    # Softmax temperature of the attention maps; the authors use 0.8 for FCOS.
+    distiller.FGD.TEMPERATURE = 0.5
+    # Pixels that a feature map spans: "padded" = the padded batch, geometrically right;
+    # "image" = each image's own size, the authors' scaling, which stretches masks under padding.
+    distiller.FGD.MASK_REFERENCE = "padded"
+    return distiller
+
+
+def get_fgd_cfg() -> CfgNode:
+    """Detectron2's defaults plus this project's keys; its files are read without executing code."""
+    cfg = SafeCfgNode(get_cfg())
+    add_fgd_config(cfg)
+    return cfg
+
+
+def find_config_file(path: str) -> str:
+    """The local path itself or the model zoo's file of that name; UserError if there is none."""
+    if os.path.isfile(path) or "://" in path:
+        return path
+    try:
+        return model_zoo.get_config_file(path)
+    except RuntimeError:
+        raise UserError(
+            f"config {path!r}: no such file, and Detectron2's model zoo has none of that name"
+        ) from None
+
+
+def load_config(path: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Defaults, then the file (if any), then ``KEY VALUE`` pairs. Not frozen.
+
+    Raises:
+        UserError: missing file, unknown key, wrong type, code in the file; names file and key.
+    """
+    cfg = get_fgd_cfg()
+    if path:
+        with _config_errors(path):
+            cfg.merge_from_file(find_config_file(path), allow_unsafe=False)
+    with _config_errors("command line"):
+        cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@contextmanager
+def _config_errors(source: str):
+    """Detectron2 and yacs report a bad config through assorted exceptions: make them one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, ValueError, AssertionError, OSError) as error:
+        raise UserError(f"{source}: {error.args[-1] if error.args else error}") from error
+
+
+def load_config_text(text: str, source: str) -> CfgNode:
+    """A config that is stored as text, e.g. in a checkpoint; errors as in `load_config`."""
+    cfg = get_fgd_cfg()
+    with _config_errors(source):
+        cfg.merge_from_other_cfg(SafeCfgNode(parse_yaml(text, source)))
+    return cfg
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """A clone that builds the student alone: its meta-architecture, and no distiller node."""
+    student = cfg.clone()
+    student.defrost()
+    if student.MODEL.META_ARCHITECTURE == META_ARCHITECTURE:
+        student.MODEL.META_ARCHITECTURE = student.MODEL.DISTILLER.STUDENT
+    student.MODEL.pop("DISTILLER", None)
+    return student
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuse distillation settings that cannot work, before anything is built.
+
+    Raises:
+        UserError: names the key, what was found and what is allowed.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+        return
+    node = cfg.MODEL.DISTILLER
+    if node.STUDENT == META_ARCHITECTURE or node.STUDENT not in META_ARCH_REGISTRY:
+        raise UserError(f"MODEL.DISTILLER.STUDENT: {node.STUDENT!r} is not a student architecture")
+    if node.METHOD not in METHOD_REGISTRY:
+        known = ", ".join(name for name, _ in METHOD_REGISTRY)
+        raise UserError(f"MODEL.DISTILLER.METHOD: {node.METHOD!r} is unknown; there is {known}")
+    if not node.TEACHER.WEIGHTS:
+        raise UserError(
+            "MODEL.DISTILLER.TEACHER.WEIGHTS is empty: an untrained teacher teaches noise; name "
+            "the teacher's checkpoint"
+        )
+    if node.FGD.MASK_REFERENCE not in ("padded", "image"):
+        raise UserError(
+            f"MODEL.DISTILLER.FGD.MASK_REFERENCE: {node.FGD.MASK_REFERENCE!r} is neither "
+            "'padded' nor 'image'"
+        )
+    if not node.FGD.TEMPERATURE > 0:
+        raise UserError(f"MODEL.DISTILLER.FGD.TEMPERATURE: {node.FGD.TEMPERATURE} is not above 0")
+    for key, value in node.FGD.items():
+        if key.endswith("_WEIGHT") and not 0 <= value < float("inf"):
+            raise UserError(f"MODEL.DISTILLER.FGD.{key}: {value} is not a finite weight >= 0")

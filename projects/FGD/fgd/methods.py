@@ -1,0 +1,89 @@
+"""Distillation methods behind one interface; each is one registered class.
+
+A method is an nn.Module that owns whatever it trains beside the student:
+
+    method = METHOD_REGISTRY.get(name).from_config(cfg, levels)
+    losses = method(student_features, teacher_features, boxes, image_sizes, padded_size)
+
+``losses`` maps names to weighted scalars, ready for Detectron2's loss dict. After each call
+``method.level_totals`` maps each level to its detached total, for logging.
+"""
+
+from typing import Dict, List, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from .features import Level
+from .losses import FGDLevelLoss, Weights
+from .masks import cell_weights
+
+METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
+
+
+@METHOD_REGISTRY.register()
+class FGD(nn.Module):
+    """Focal and Global Knowledge Distillation over all distilled levels, which are summed.
+
+    Args:
+        levels: names and channels. weights: of the four terms. temperature: > 0.
+        mask_reference: "padded" or "image", see `fgd.masks.cell_weights`.
+    """
+
+    def __init__(
+        self, levels: Sequence[Level], weights: Weights, temperature: float, mask_reference: str
+    ):
+        super().__init__()
+        self.mask_reference = mask_reference
+        self.levels = nn.ModuleDict(
+            {
+                level.name: FGDLevelLoss(
+                    level.student_channels, level.teacher_channels, weights, temperature
+                )
+                for level in levels
+            }
+        )
+        self.level_totals: Dict[str, Tensor] = {}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, levels: Sequence[Level]) -> "FGD":
+        node = cfg.MODEL.DISTILLER.FGD
+        weights = Weights(
+            node.FOREGROUND_WEIGHT,
+            node.BACKGROUND_WEIGHT,
+            node.ATTENTION_WEIGHT,
+            node.RELATION_WEIGHT,
+        )
+        return cls(levels, weights, node.TEMPERATURE, node.MASK_REFERENCE)
+
+    def forward(
+        self,
+        student: Dict[str, Tensor],
+        teacher: Dict[str, Tensor],
+        boxes: List[Tensor],
+        image_sizes: List[Tuple[int, int]],
+        padded_size: Tuple[int, int],
+    ) -> Dict[str, Tensor]:
+        """``loss_fgd_{foreground,background,attention,relation}``: weighted, summed over levels.
+
+        Args:
+            student, teacher: level → (N, C, H, W).
+            boxes: N ground-truth tensors (R_i, 4), XYXY in pixels of the network input.
+            image_sizes: N (height, width) before padding. padded_size: of the batch.
+        Raises:
+            ValueError: the grids of a level differ; names the level.
+        """
+        sizes = [padded_size] * len(boxes) if self.mask_reference == "padded" else image_sizes
+        losses: Dict[str, Tensor] = {}
+        for name, level_loss in self.levels.items():
+            masks = cell_weights(boxes, student[name].shape[-2:], sizes)
+            try:
+                terms = level_loss(student[name], teacher[name], *masks)
+            except ValueError as error:
+                raise ValueError(f"FGD level {name!r}: {error}") from None
+            self.level_totals[name] = sum(terms.values()).detach()
+            for term, value in terms.items():
+                key = f"loss_fgd_{term}"
+                losses[key] = losses[key] + value if key in losses else value
+        return losses

@@ -1,0 +1,92 @@
+import pytest
+import yaml
+from detectron2.config import get_cfg
+
+from fgd.config import (
+    add_fgd_config,
+    check_config,
+    get_fgd_cfg,
+    load_config,
+    load_config_text,
+    student_config,
+)
+from fgd.errors import UserError
+
+
+def test_the_model_zoo_is_readable_although_it_holds_an_eval_tag():
+    cfg = load_config("COCO-Detection/retinanet_R_101_FPN_3x.yaml")
+    assert cfg.MODEL.RESNETS.DEPTH == 101
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == pytest.approx([32, 40.3174736, 50.7968337])
+
+
+def test_file_then_options(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("VERSION: 2\nMODEL: {DISTILLER: {FGD: {TEMPERATURE: 0.8}}}\n")
+    cfg = load_config(str(path), ["MODEL.DISTILLER.INHERIT", "True"])
+    assert cfg.MODEL.DISTILLER.FGD.TEMPERATURE == 0.8
+    assert cfg.MODEL.DISTILLER.INHERIT is True
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("MODEL: {DISTILLER: {INHERRIT: True}}", "c.yaml: .*MODEL.DISTILLER.INHERRIT"),
+        ("MODEL: {DISTILLER: {LEVELS: 3}}", "c.yaml: .*LEVELS"),
+        ("- 1", "c.yaml"),
+    ],
+)
+def test_errors_name_the_file_and_the_key(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("VERSION: 2\n" * (text[0] != "-") + text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(path))
+
+
+def test_errors_of_command_line_and_missing_file():
+    with pytest.raises(UserError, match=r"command line: .*MODEL\.FOO"):
+        load_config("", ["MODEL.FOO", "1"])
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_student_config_builds_the_student_alone():
+    cfg = get_fgd_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.STUDENT = "GeneralizedRCNN"
+    cfg.freeze()
+    student = student_config(cfg)
+    assert student.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert "DISTILLER" not in student.MODEL and "DISTILLER" in cfg.MODEL
+    again = load_config_text(student.dump(), "checkpoint")
+    assert again.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    plain = lambda c: yaml.safe_load(c.dump())  # noqa: E731
+    assert plain(student_config(again)) == plain(student)
+
+
+def test_add_fgd_config_works_on_a_stock_config():
+    cfg = get_cfg()
+    add_fgd_config(cfg)
+    assert cfg.MODEL.DISTILLER.FGD.FOREGROUND_WEIGHT == 1e-3
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("STUDENT", "Distiller", "not a student"),
+        ("STUDENT", "Nonsense", "'Nonsense'"),
+        ("METHOD", "XYZ", "'XYZ' is unknown; there is FGD"),
+        ("FGD.TEMPERATURE", 0.0, "not above 0"),
+        ("FGD.RELATION_WEIGHT", -1.0, "RELATION_WEIGHT"),
+        ("FGD.ATTENTION_WEIGHT", float("nan"), "ATTENTION_WEIGHT"),
+        ("FGD.MASK_REFERENCE", "both", "neither"),
+        ("TEACHER.WEIGHTS", "", "WEIGHTS is empty"),
+    ],
+)
+def test_check_config_names_the_key(key, value, message):
+    cfg = get_fgd_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "teacher.pth"
+    check_config(cfg)
+    cfg.merge_from_list([f"MODEL.DISTILLER.{key}", value])
+    with pytest.raises(UserError, match=message):
+        check_config(cfg)
