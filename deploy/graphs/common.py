@@ -1,0 +1,144 @@
+"""What every exportable detector shares: pixels in, and from kept rows to the output tensors."""
+
+import copy
+from typing import Tuple
+
+import torch
+from torch import Tensor, nn
+
+from deploy.errors import UserError
+from deploy.ops import INVALID
+
+
+class ExportableDetector(nn.Module):
+    """Tensors in, tensors out, no branches on data: what a .onnx file promises (`spec.ModelSpec`).
+
+    Inputs:  images (B, 3, H, W) float32 or uint8, raw pixels, image at the top left, the padding
+             may hold anything; image_sizes (B, 2) int32, the true (height, width).
+    Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
+             true size; scores (B, K) float32 descending; labels (B, K) int32. Rows past num_dets:
+             0, 0 and -1. An image of NaN gives no detection.
+
+    A subclass borrows the sub-modules of a Detectron2 model and follows its inference step by step:
+        network(images, image_sizes) -> {name: tensor}, all that has weights;
+        detect(raw, image_sizes) -> the four outputs, all that selects.
+    It also sets `num_classes`, `score_threshold`, `nms_threshold` and `max_detections`.
+
+    Args:
+        student: the Detectron2 model. It is copied: the caller's stays as it was.
+    """
+
+    # Raw tensors that `network` itself selected; it takes them as keyword arguments to be given.
+    selections: Tuple[str, ...] = ()
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.student = copy.deepcopy(student).eval().requires_grad_(False)
+
+    @property
+    def size_divisibility(self) -> int:
+        """The sides of the canvas must be multiples of it."""
+        return max(self.student.backbone.size_divisibility, 1)
+
+    def forward(self, images: Tensor, image_sizes: Tensor):
+        """Outputs of the class docstring, then the raw tensors of `network` in its order."""
+        raw = self.network(images, image_sizes)
+        return (*self.detect(raw, image_sizes), *raw.values())
+
+    def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        """(pixels - mean) / std, and exactly 0 outside the true size, where Detectron2 pads."""
+        mean, std = self.student.pixel_mean, self.student.pixel_std
+        height, width = images.shape[-2:]
+        rows = torch.arange(height, device=images.device)[None, :] < image_sizes[:, :1]
+        columns = torch.arange(width, device=images.device)[None, :] < image_sizes[:, 1:]
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return torch.where(inside, (images.to(mean.dtype) - mean) / std, 0.0)
+
+
+def require(part, kind: type, where: str) -> None:
+    """UserError unless `part` is a `kind` and no subclass, whose inference may differ."""
+    if type(part) is not kind:
+        raise UserError(
+            f"{where}: {type(part).__name__} cannot be exported, only {kind.__name__} can"
+        )
+
+
+def dense(prediction: Tensor, dims: int) -> Tensor:
+    """(B, A * dims, H, W) of a dense head -> (B, H * W * A, dims), Detectron2's anchor order."""
+    batch, _, height, width = prediction.shape
+    split = prediction.reshape(batch, -1, dims, height, width)
+    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, dims)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """rows (B, N, D), index (B, k) -> (B, k, D)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def anchors_at(
+    index: Tensor, width: int, cell_anchors: Tensor, stride: int, offset: float
+) -> Tensor:
+    """Anchors number `index` of a level, computed instead of stored.
+
+    Args:
+        index: (B, k) int64, counted over rows, columns, then cell anchors.
+        width: cells per row (may be symbolic).  cell_anchors: (A, 4) pixels around 0.
+        stride: pixels per cell.  offset: of the first centre, in cells.
+    Returns:
+        (B, k, 4) xyxy, equal to Detectron2's `DefaultAnchorGenerator` to the last bit.
+    """
+    count = cell_anchors.shape[0]
+    cell = index // count
+    row = cell // width
+    center = torch.stack((cell - row * width, row), dim=-1).to(cell_anchors.dtype)
+    center = center * stride + offset * stride
+    base = nn.functional.embedding(index - cell * count, cell_anchors)
+    return torch.cat((center, center), dim=-1) + base
+
+
+def decode(deltas: Tensor, boxes: Tensor, transform) -> Tensor:
+    """Detectron2's `Box2BoxTransform.apply_deltas` for deltas and boxes (..., 4)."""
+    size = boxes[..., 2:] - boxes[..., :2]
+    center = boxes[..., :2] + 0.5 * size
+    weights = deltas.new_tensor(transform.weights)
+    deltas = deltas / weights
+    center = deltas[..., :2] * size + center
+    size = torch.exp(deltas[..., 2:].clamp(max=transform.scale_clamp)) * size
+    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+
+
+def clip(boxes: Tensor, image_sizes: Tensor) -> Tensor:
+    """Boxes (B, N, 4) limited to 0..width and 0..height of their image."""
+    limit = image_sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def nonempty(boxes: Tensor, threshold: float = 0.0) -> Tensor:
+    """(B, N) bool: both sides longer than `threshold`; False for NaN."""
+    return ((boxes[..., 2:] - boxes[..., :2]) > threshold).all(dim=-1)
+
+
+def finish(
+    index: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor, image_sizes: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs from the kept rows: clip, drop empty boxes (after NMS, as Detectron2 does).
+
+    Args:
+        index: (B, K) rows that NMS kept, -1 where none.
+        boxes: (B, N, 4).  scores: (B, N).  labels: (B, N) int64.
+    Returns:
+        num_dets, boxes, scores, labels of `ExportableDetector`.
+    """
+    row = index.clamp(min=0)
+    boxes = clip(take(boxes, row), image_sizes)
+    valid = (index >= 0) & nonempty(boxes)
+    scores = torch.where(valid, scores.gather(1, row), INVALID)
+    scores, order = scores.topk(index.shape[1])  # dropped rows go last
+    valid = valid.gather(1, order)
+    labels = labels.gather(1, row).gather(1, order)
+    return (
+        valid.sum(dim=1, keepdim=True, dtype=torch.int32),
+        torch.where(valid[..., None], take(boxes, order), 0.0),
+        torch.where(valid, scores, 0.0),
+        torch.where(valid, labels, -1).to(torch.int32),
+    )

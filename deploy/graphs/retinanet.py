@@ -1,0 +1,99 @@
+"""RetinaNet as a graph."""
+
+from typing import Dict
+
+import torch
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from deploy.graphs.common import (
+    ExportableDetector,
+    anchors_at,
+    decode,
+    dense,
+    finish,
+    require,
+    take,
+)
+from deploy.ops import INVALID, select_nms
+
+
+class ExportableRetinaNet(ExportableDetector):
+    """Detectron2's `RetinaNet` inference with fixed shapes.
+
+    Per level the best `topk` (anchor, class) pairs by logit, decoded; pairs at or under the score
+    threshold become invalid rows; per-class NMS; the best K. The order of the steps is
+    Detectron2's: threshold and top-k per level, NMS on unclipped boxes, clip and drop empty last.
+    """
+
+    def __init__(self, student):
+        super().__init__(student)
+        student = self.student
+        require(student.head, RetinaNetHead, "the RetinaNet head")
+        require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
+        for subnet in (student.head.cls_subnet, student.head.bbox_subnet):
+            for i, layer in enumerate(subnet):
+                if isinstance(layer, CycleBatchNormList):
+                    subnet[i] = LevelBatchNorm(layer)
+        self.levels = list(student.head_in_features)
+        self.num_classes = student.num_classes
+        self.topk = student.test_topk_candidates
+        self.score_threshold = student.test_score_thresh
+        self.nms_threshold = student.test_nms_thresh
+        self.max_detections = student.max_detections_per_image
+
+    def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
+        """Per level "logits.p3": (B, A * classes, H, W) and "deltas.p3": (B, A * 4, H, W)."""
+        features = self.student.backbone(self.normalize(images, image_sizes))
+        logits, deltas = self.student.head([features[level] for level in self.levels])
+        return {
+            **{f"logits.{level}": x for level, x in zip(self.levels, logits)},
+            **{f"deltas.{level}": x for level, x in zip(self.levels, deltas)},
+        }
+
+    def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
+        """The four outputs of `ExportableDetector` from what `network` returns."""
+        parts = [self._candidates(i, raw) for i in range(len(self.levels))]
+        boxes, scores, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+        index = select_nms(
+            boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
+        )
+        return finish(index, boxes, scores, labels, image_sizes)
+
+    def _candidates(self, i: int, raw: Dict[str, Tensor]):
+        """Boxes (B, k, 4), scores and classes (B, k) of one level, k = min(topk, all pairs)."""
+        logits, deltas = raw[f"logits.{self.levels[i]}"], raw[f"deltas.{self.levels[i]}"]
+        width = logits.shape[-1]
+        logits = dense(logits, self.num_classes).flatten(1)
+        best, pair = logits.topk(torch.sym_min(self.topk, logits.shape[1]), dim=1)
+        anchor = pair // self.num_classes
+        generator = self.student.anchor_generator
+        anchors = anchors_at(
+            anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
+        )
+        boxes = decode(take(dense(deltas, 4), anchor), anchors, self.student.box2box_transform)
+        scores = best.sigmoid()
+        scores = torch.where(scores > self.score_threshold, scores, INVALID)
+        return boxes, scores, pair - anchor * self.num_classes
+
+
+class LevelBatchNorm(nn.Module):
+    """Eval mode of Detectron2's `CycleBatchNormList`: statistics per level, one shared affine.
+
+    Each call belongs to the next level. One BatchNormalization per level in place of a plain one,
+    a product and a sum, so that the runtime can fold it into the convolution before it.
+    """
+
+    def __init__(self, cycle: CycleBatchNormList):
+        super().__init__()
+        self.cycle, self.position = cycle, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        norm = self.cycle[self.position]
+        self.position = (self.position + 1) % len(self.cycle)
+        return nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, self.cycle.weight, self.cycle.bias, eps=norm.eps
+        )
