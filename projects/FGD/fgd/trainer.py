@@ -17,6 +17,7 @@ from . import compat, rng, solver
 from .checkpoint import TrainingCheckpointer, describe_run, remove_stale_temporaries, student_of
 from .data.stream import TrainStream, build_train_stream
 from .errors import DivergedError
+from .hooks import LogLevelTotals
 from .weights import load_complete
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class FGDTrainer(DefaultTrainer):
             ) from error
 
     def build_hooks(self) -> list:
-        ret = super().build_hooks()
+        ret = [LogLevelTotals(), *super().build_hooks()]  # before the writers
         if not comm.is_main_process():
             # Saving gathers the random number states of all ranks; keep the main process's order.
             before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))
