@@ -74,7 +74,7 @@ def predict(
                 _save_picture(target, array, result, detector.spec.classes)
                 entry["picture"] = target.relative_to(output).as_posix()
             images.append(entry)
-        _show_progress(min(start + batch_size, len(files)), len(files))
+        show_progress(min(start + batch_size, len(files)), len(files))
     report = {
         "model": str(detector.path),
         "graph_sha256": detector.sha256,
@@ -138,7 +138,8 @@ def _save_picture(path: Path, image: np.ndarray, found: Detections, classes) -> 
     write_atomically(path, buffer.getvalue())
 
 
-def _show_progress(done: int, total: int) -> None:
+def show_progress(done: int, total: int) -> None:
+    """One line on stderr that counts up; nothing unless someone watches."""
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\r{done}/{total} images", end=end, file=sys.stderr, flush=True)
