@@ -165,8 +165,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         pointer = os.path.join(self.save_dir, _POINTER)
         if self.save_to_disk and os.path.exists(pointer):
             logger.warning(
-                f"{self.save_dir} holds an earlier run. This one starts anew and overwrites files of "
-                "the same names (--resume would have continued it)"
+                f"{self.save_dir} holds an earlier run. This one starts anew and overwrites files "
+                "of the same names (--resume would have continued it)"
             )
             os.remove(pointer)
 
@@ -202,8 +202,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
         processes, rank = len(data["rng"]), comm.get_rank()
         if processes != comm.get_world_size():
             logger.warning(
-                f"The run had {processes} processes and has {comm.get_world_size()} now: it goes on, but "
-                "not with the same random numbers and images"
+                f"The run had {processes} processes and has {comm.get_world_size()} now: it goes "
+                "on, but not with the same random numbers and images"
             )
             return
         rng.set_state(data["rng"][rank])

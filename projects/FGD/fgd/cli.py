@@ -165,6 +165,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     path = cfg.MODEL.WEIGHTS
     if resume:
         path = last_checkpoint(cfg.OUTPUT_DIR) or path
+    if not path:
+        raise UserError("--eval-only: name the checkpoint to evaluate with MODEL.WEIGHTS")
     model = build_model(student_config(cfg))
     report = load_complete(model, path, what="model")
     logger.info(f"Evaluating {path}: {report.summary()}")

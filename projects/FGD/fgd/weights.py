@@ -22,9 +22,10 @@ _PICKLE_GLOBALS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _PICKLE_GLOBALS[_module, "_reconstruct"] = np.empty(0).__reduce__()[0]
-    _PICKLE_GLOBALS[_module, "scalar"] = np.float32(0).__reduce__()[0]
+for _core in ("numpy.core", "numpy._core"):
+    _PICKLE_GLOBALS[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
+    _PICKLE_GLOBALS[f"{_core}.multiarray", "scalar"] = np.float32(0).__reduce__()[0]
+    _PICKLE_GLOBALS[f"{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -210,18 +211,23 @@ def load_complete(
 
 
 def _report(model: nn.Module, incompatible, prefix: str) -> LoadReport:
-    state = {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
+    # Not the counter of batch norm: it has no effect unless momentum is None, converted files lack
+    # it, and PyTorch sets it by itself in files that state no version.
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+    }
     shapes = {
         name: f"{name} {tuple(in_file)} in the file, {tuple(in_model)} in the model"
         for name, in_file, in_model in incompatible.incorrect_shapes
         if name in state
     }
-    # Shared tensors count as there under any of their names. The counter of batch norm has no
-    # effect unless momentum is None, and converted files lack it.
+    # Shared tensors count as there under any of their names.
     missing = [
         name
         for name in _filter_reused_missing_keys(model, incompatible.missing_keys)
-        if name in state and name not in shapes and not name.endswith("num_batches_tracked")
+        if name in state and name not in shapes
     ]
     nonfinite = [
         name

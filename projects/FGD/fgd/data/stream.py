@@ -13,11 +13,7 @@ from typing import Callable, Iterable, Iterator, List, Sequence, Tuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
@@ -146,9 +142,7 @@ def _sampler_maker(cfg: CfgNode, dicts: list) -> Callable[[int], Iterable[int]]:
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return lambda seed: RandomSubsetTrainingSampler(
-            size, ratio, seed_shuffle=seed, seed_subset=seed
-        )
-    raise UserError(f"DATALOADER.SAMPLER_TRAIN: {name!r} is not supported")
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN: {name!r} is neither 'TrainingSampler' nor "
+        "'RepeatFactorTrainingSampler'"
+    )

@@ -1,0 +1,75 @@
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from detectron2.solver import build as d2_solver
+from detectron2.utils import comm
+from torch import nn
+
+from fgd import compat
+
+
+def test_local_group_on_v06_is_the_ranks_of_this_machine(monkeypatch):
+    """Rank 5 of two machines with four processes each."""
+    groups = []
+    monkeypatch.setattr(comm, "create_local_process_group", None, raising=False)
+    monkeypatch.delattr(comm, "create_local_process_group")
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    monkeypatch.setattr(comm, "get_rank", lambda: 5)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
+    monkeypatch.setattr(compat.dist, "new_group", lambda x: groups.append(x) or tuple(x))
+    compat.create_local_process_group(4)
+    # Making a group is collective: every rank makes all of them and keeps its own.
+    assert groups == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert comm._LOCAL_PROCESS_GROUP == (4, 5, 6, 7)
+
+
+def test_local_group_on_main_is_left_to_detectron2(monkeypatch):
+    calls = []
+    monkeypatch.setattr(comm, "create_local_process_group", calls.append, raising=False)
+    compat.create_local_process_group(4)
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_fast_coco_eval_is_used_only_where_it_was_compiled(monkeypatch, there):
+    module = ModuleType("fast_eval_api")
+    if there:
+        module.COCOeval_opt = object
+    monkeypatch.setitem(sys.modules, "detectron2.evaluation.fast_eval_api", module)
+    assert compat.has_fast_coco_eval() is there
+
+
+def test_clip_types_are_detectron2s(monkeypatch):
+    assert set(compat.clip_types()) >= {"value", "norm"}
+    extended = d2_solver.Enum("GradientClipType", {"VALUE": "value", "FULL": "full_model"})
+    monkeypatch.setattr(d2_solver, "GradientClipType", extended)
+    assert compat.clip_types() == ("value", "full_model")
+
+
+@pytest.mark.parametrize(("device", "ids"), [("cpu", None), ("cuda:1", [1])])
+def test_ddp_gets_device_ids_only_on_cuda(monkeypatch, device, ids):
+    class Recorder(nn.Module):
+        def __init__(self, model, **kwargs):
+            super().__init__()
+            self.module, self.kwargs = model, kwargs
+
+    class Model(nn.Module):
+        def parameters(self):
+            return iter([torch.empty(0, device="meta")])
+
+    model = Model()
+    assert compat.wrap_ddp(model) is model and compat.unwrap(model) is model
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "get_local_rank", lambda: 1)
+    monkeypatch.setattr(compat, "DistributedDataParallel", Recorder)
+    tensor = type("Tensor", (), {"device": torch.device(device)})
+    monkeypatch.setattr(Model, "parameters", lambda self: iter([tensor]))
+    wrapped = compat.wrap_ddp(model)
+    assert wrapped.kwargs == {"device_ids": ids, "broadcast_buffers": False}
+    assert compat.unwrap(wrapped) is model
+
+
+def test_backend_follows_the_device():
+    assert compat.backend_for("cpu") == "gloo" and compat.backend_for("cuda:0") == "nccl"

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from detectron2.solver import build_optimizer as detectron2_build_optimizer
+from torch import nn
+
+from fgd.config import get_fgd_cfg
+from fgd.errors import DivergedError, UserError
+from fgd.solver import build_optimizer, check_solver
+
+
+def solver_cfg(**keys):
+    cfg = get_fgd_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    for name, value in keys.items():
+        node = cfg.SOLVER.CLIP_GRADIENTS if name in cfg.SOLVER.CLIP_GRADIENTS else cfg.SOLVER
+        node[name] = value
+    return cfg
+
+
+def make_model():
+    """Conv with bias, batch norm, and a frozen layer."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    return model
+
+
+def settings(optimizer):
+    return [
+        {k: v for k, v in group.items() if k != "params"} | {"count": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
+
+
+def test_sgd_is_detectron2s_own():
+    cfg, model = solver_cfg(WEIGHT_DECAY_NORM=0.5, BASE_LR=0.3), make_model()
+    optimizer = build_optimizer(cfg, model)
+    assert type(optimizer) is torch.optim.SGD
+    assert settings(optimizer) == settings(detectron2_build_optimizer(cfg, model))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # none is frozen
+
+
+def test_adamw_takes_the_same_groups_and_keys():
+    cfg = solver_cfg(OPTIMIZER="AdamW", BASE_LR=0.3, WEIGHT_DECAY=0.25, WEIGHT_DECAY_NORM=0.5)
+    optimizer = build_optimizer(cfg, make_model())
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decays = {(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups}
+    assert decays == {(0.3, 0.25, 2), (0.3, 0.5, 2)}
+
+
+def two_parameters(first, second):
+    """Two one-element parameters, in groups of their own, with the given gradients."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=True))
+    model[1].bias.requires_grad_(False)
+    model[0].weight.grad = torch.tensor([[first]])
+    model[1].weight.grad = torch.tensor([second])
+    return model
+
+
+def step(cfg, model):
+    """What one SGD step of rate 1 subtracts from both parameters."""
+    optimizer = build_optimizer(cfg, model)
+    before = model[0].weight.item(), model[1].weight.item()
+    optimizer.step()
+    return pytest.approx((before[0] - model[0].weight.item(), before[1] - model[1].weight.item()))
+
+
+@pytest.mark.parametrize(
+    ("clip_type", "applied"),
+    [("full_model", (0.6, 0.8)), ("norm", (1.0, 1.0)), ("value", (1.0, 1.0))],
+)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_full_model_clipping_keeps_the_direction(clip_type, applied, optimizer):
+    keys = {"BASE_LR": 1.0, "WEIGHT_DECAY": 0.0, "WEIGHT_DECAY_NORM": 0.0, "OPTIMIZER": optimizer}
+    keys |= {"ENABLED": True, "CLIP_TYPE": clip_type, "CLIP_VALUE": 1.0}
+    model = two_parameters(3.0, 4.0)
+    moved = step(solver_cfg(**keys), model)
+    assert (model[0].weight.grad.item(), model[1].weight.grad.item()) == pytest.approx(applied)
+    if optimizer == "SGD":
+        assert moved == applied
+
+
+def test_small_gradients_are_not_scaled_up():
+    cfg = solver_cfg(BASE_LR=1.0, ENABLED=True, CLIP_TYPE="full_model", CLIP_VALUE=35.0)
+    cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    assert step(cfg, two_parameters(3.0, 4.0)) == (3.0, 4.0)
+
+
+def test_clipping_sees_unscaled_gradients_under_amp():
+    cfg = solver_cfg(BASE_LR=1.0, ENABLED=True, CLIP_TYPE="full_model", CLIP_VALUE=1.0)
+    cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    model = two_parameters(0.0, 0.0)
+    optimizer = build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model[0].weight.item()
+    scaler.scale(model[0].weight.sum() * 0.5).backward()  # norm 0.5, scaled 512
+    scaler.step(optimizer)
+    assert before - model[0].weight.item() == pytest.approx(0.5)
+    scaler.update()
+    scaler.scale(model[0].weight.sum() * float("inf")).backward()
+    scaler.step(optimizer)  # an overflow is skipped, not reported as divergence
+    assert before - model[0].weight.item() == pytest.approx(0.5)
+
+
+def test_nonfinite_norm_stops_before_the_step():
+    cfg = solver_cfg(ENABLED=True, CLIP_TYPE="full_model", CLIP_VALUE=1.0)
+    model = two_parameters(float("nan"), 1.0)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(DivergedError, match="norm is nan"):
+        build_optimizer(cfg, model).step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"OPTIMIZER": "Adam"}, "SOLVER.OPTIMIZER: 'Adam' is neither"),
+        ({"ENABLED": True, "CLIP_TYPE": "all"}, "CLIP_TYPE: 'all' is not one of value, norm"),
+        ({"AMP": {"ENABLED": True}}, "mixed precision needs CUDA, but MODEL.DEVICE is 'cpu'"),
+    ],
+)
+def test_mistakes_are_named(keys, message):
+    cfg = solver_cfg(**{k: v for k, v in keys.items() if k != "AMP"})
+    cfg.SOLVER.AMP.ENABLED = "AMP" in keys
+    with pytest.raises(UserError, match=message):
+        check_solver(cfg)
+
+
+def test_defaults_pass_the_check():
+    check_solver(solver_cfg())
