@@ -58,6 +58,13 @@ def test_bases_merge_in_order(tmp_path):
     assert merged == {"X": {"p": 1, "q": 3, "r": 4}, "Y": 1}
 
 
+def test_a_base_from_the_model_zoo(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("_BASE_: model_zoo://COCO-Detection/retinanet_R_50_FPN_1x.yaml\nX: 1\n")
+    merged = SafeCfgNode.load_yaml_with_base(str(path))
+    assert merged["MODEL"]["RETINANET"]["IOU_THRESHOLDS"] == [0.4, 0.5] and merged["X"] == 1
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "just text"])
 def test_not_a_mapping(text):
     with pytest.raises(UserError, match="here.yaml"):

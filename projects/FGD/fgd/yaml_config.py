@@ -8,8 +8,10 @@ lists, arithmetic, comprehensions); every other python tag is refused.
 
 import ast
 import operator
+import os
 
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from fvcore.common.config import BASE_KEY
 
@@ -22,6 +24,7 @@ _OPERATORS = {
     ast.Div: operator.truediv,
     ast.USub: operator.neg,
 }
+_MODEL_ZOO = "model_zoo://"
 _MAX_EXPONENT = 64  # 2**64 is beyond any config; bounds the time and memory of `**`
 
 
@@ -120,11 +123,10 @@ class SafeCfgNode(CfgNode):
 
 
 def _base_path(base: str, filename: str) -> str:
-    """``_BASE_`` is relative to the file that names it, unless absolute, a URL or zoo-relative."""
-    if base.startswith(("/", "~", "http://", "https://", "detectron2://")):
-        return base
-    head, slash, _ = filename.rpartition("/")
-    return head + slash + base
+    """``_BASE_`` is relative to the file that names it, absolute, or ``model_zoo://…/x.yaml``."""
+    if base.startswith(_MODEL_ZOO):
+        return model_zoo.get_config_file(base[len(_MODEL_ZOO) :])
+    return os.path.join(os.path.dirname(filename), os.path.expanduser(base))
 
 
 def _merge(source: dict, target: dict) -> None:
