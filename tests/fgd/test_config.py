@@ -74,6 +74,7 @@ def test_add_fgd_config_works_on_a_stock_config():
     [
         ("STUDENT", "Distiller", "not a student"),
         ("STUDENT", "Nonsense", "'Nonsense'"),
+        ("METHOD", "", "nothing is distilled"),
         ("METHOD", "XYZ", "'XYZ' is unknown; there is FGD"),
         ("FGD.TEMPERATURE", 0.0, "not above 0"),
         ("FGD.RELATION_WEIGHT", -1.0, "RELATION_WEIGHT"),

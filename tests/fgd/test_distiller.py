@@ -134,6 +134,16 @@ def test_inherits_once_after_initialisation(distiller_cfg):
     assert student.fpn_output3.weight.abs().max() == 0
 
 
+def test_without_a_method_the_student_only_inherits(distiller_cfg, make_batch):
+    cfg = distiller_cfg(teacher_channels=16)
+    cfg.MODEL.DISTILLER.update(METHOD="", INHERIT=True)
+    model = build(cfg)
+    model.inherit_from_teacher()
+    assert set(train_step(model, make_batch())) == {"loss_cls", "loss_box_reg"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student"}
+    assert "Distillation is OFF" in model.describe()
+
+
 def test_other_families_share_the_levels_they_have(distiller_cfg, make_batch):
     cfg = distiller_cfg("RetinaNet", teacher_arch="GeneralizedRCNN")
     with pytest.raises(UserError, match="(?s)'p7' is missing in the teacher.*p2"):

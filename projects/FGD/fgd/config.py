@@ -30,7 +30,7 @@ def _distiller_node(Node) -> CfgNode:
     distiller = Node()
     # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller" while training.
     distiller.STUDENT = "RetinaNet"
-    # Name in fgd.methods.METHOD_REGISTRY.
+    # Name in fgd.methods.METHOD_REGISTRY; "" = no distillation loss, the student only inherits.
     distiller.METHOD = "FGD"
     # Names of the distilled backbone outputs. [] = the paper's choice for the student's detector:
     # p3-p7 for dense detectors, p2-p5 for R-CNN (p6 there is only a max-pool of p5).
@@ -138,7 +138,9 @@ def check_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.DISTILLER
     if node.STUDENT == META_ARCHITECTURE or node.STUDENT not in META_ARCH_REGISTRY:
         raise UserError(f"MODEL.DISTILLER.STUDENT: {node.STUDENT!r} is not a student architecture")
-    if node.METHOD not in METHOD_REGISTRY:
+    if not node.METHOD and not node.INHERIT:
+        raise UserError('MODEL.DISTILLER: with METHOD "" and INHERIT False nothing is distilled')
+    if node.METHOD and node.METHOD not in METHOD_REGISTRY:
         known = ", ".join(name for name, _ in METHOD_REGISTRY)
         raise UserError(f"MODEL.DISTILLER.METHOD: {node.METHOD!r} is unknown; there is {known}")
     if not node.TEACHER.WEIGHTS:

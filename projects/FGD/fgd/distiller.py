@@ -1,11 +1,11 @@
 """The meta-architecture that trains a student under a frozen teacher."""
 
 import logging
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_model
 from torch import Tensor, nn
 
 from .config import check_config, student_config
@@ -27,8 +27,8 @@ class Distiller(nn.Module):
 
     Args:
         student: a Detectron2 detector with a ``backbone``.
-        teacher: the frozen teacher.
-        distillation: a method of `fgd.methods`.
+        teacher, distillation: the frozen teacher and a method of `fgd.methods`; both None when the
+            student only inherits (MODEL.DISTILLER.METHOD "").
         inheritable: the teacher's neck and head, to be copied by `inherit_from_teacher`, or None.
         summary: one line that says what is distilled from what.
     """
@@ -38,9 +38,9 @@ class Distiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: FrozenTeacher,
-        distillation: nn.Module,
-        inheritable: Dict[str, Tensor] | None = None,
+        teacher: Optional[FrozenTeacher],
+        distillation: Optional[nn.Module],
+        inheritable: Optional[Dict[str, Tensor]] = None,
         summary: str = "",
     ):
         super().__init__()
@@ -48,7 +48,8 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.summary = summary
         self._inheritable = inheritable
-        self._tap = FeatureTap(student.backbone)
+        if distillation is not None:
+            self._tap = FeatureTap(student.backbone)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -58,19 +59,15 @@ class Distiller(nn.Module):
         # student's run must not notice: with all weights at 0 it equals the plain student's.
         with torch.random.fork_rng():
             model, teacher_cfg = build_teacher(cfg)
-            names = distilled_level_names(cfg)
-            shapes = student.backbone.output_shape(), model.backbone.output_shape()
-            levels = match_levels(names, *shapes)
-            _check_padding(student.backbone.size_divisibility, model.backbone.size_divisibility)
-            method = METHOD_REGISTRY.get(cfg.MODEL.DISTILLER.METHOD)
-            distillation = method.from_config(cfg, levels)
-        logger.info(f"Levels of student and teacher:\n{level_table(*shapes)}")
+            distillation = _build_method(cfg, student.backbone, model.backbone)
+        inheritable = neck_and_head(model) if cfg.MODEL.DISTILLER.INHERIT else None
+        teacher = FrozenTeacher(model, teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT)
         return {
             "student": student,
-            "teacher": FrozenTeacher(model, teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT),
+            "teacher": teacher if distillation is not None else None,
             "distillation": distillation,
-            "inheritable": neck_and_head(model) if cfg.MODEL.DISTILLER.INHERIT else None,
-            "summary": _summary(cfg, teacher_cfg, names),
+            "inheritable": inheritable,
+            "summary": _summary(cfg, teacher_cfg),
         }
 
     @property
@@ -92,7 +89,7 @@ class Distiller(nn.Module):
 
     def forward(self, batched_inputs: List[dict]):
         """Training: dict of named scalar losses. Inference: the student's list[dict]."""
-        if not self.training:
+        if not self.training or self.distillation is None:
             return self.student(batched_inputs)
         losses = self.student(batched_inputs)
         features, padded_size = self._tap.pop()
@@ -103,21 +100,30 @@ class Distiller(nn.Module):
         return {**losses, **terms}
 
 
-def _check_padding(student: int, teacher: int) -> None:
-    if max(student, 1) % max(teacher, 1):  # Detectron2 writes "no constraint" as 0
+def _build_method(cfg: CfgNode, student: Backbone, teacher: Backbone) -> Optional[nn.Module]:
+    """The method over the levels that both backbones share; None for METHOD ""."""
+    if not cfg.MODEL.DISTILLER.METHOD:
+        return None
+    shapes = student.output_shape(), teacher.output_shape()
+    levels = match_levels(distilled_level_names(cfg), *shapes)
+    logger.info(f"Levels of student and teacher:\n{level_table(*shapes)}")
+    # Detectron2 writes "no constraint" as 0.
+    if max(student.size_divisibility, 1) % max(teacher.size_divisibility, 1):
         raise UserError(
-            f"cannot distil: the student pads its batches to multiples of {student} pixels, the "
-            f"teacher needs multiples of {teacher}; use backbones with equal size_divisibility"
+            f"cannot distil: the student pads its batches to multiples of "
+            f"{student.size_divisibility} pixels, the teacher needs multiples of "
+            f"{teacher.size_divisibility}; use backbones with equal size_divisibility"
         )
+    return METHOD_REGISTRY.get(cfg.MODEL.DISTILLER.METHOD).from_config(cfg, levels)
 
 
-def _summary(cfg: CfgNode, teacher_cfg: CfgNode, names: List[str]) -> str:
+def _summary(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
     node = cfg.MODEL.DISTILLER
-    settings = ", ".join(
-        f"{key.lower()} {value}" for key, value in node.get(node.METHOD, {}).items()
-    )
+    teacher = f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS}"
+    if not node.METHOD:
+        return f"Distillation is OFF: student {node.STUDENT} only inherits from {teacher}"
+    settings = ", ".join(f"{k.lower()} {v}" for k, v in node.get(node.METHOD, {}).items())
     return (
-        f"Distillation is ON: {node.METHOD} on {', '.join(names)}; student {node.STUDENT}, teacher "
-        f"{teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS}; {settings}; "
-        f"inherit {node.INHERIT}"
+        f"Distillation is ON: {node.METHOD} on {', '.join(distilled_level_names(cfg))}; student "
+        f"{node.STUDENT}, {teacher}; {settings}; inherit {node.INHERIT}"
     )
