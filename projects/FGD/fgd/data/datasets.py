@@ -1,5 +1,6 @@
 """Datasets by config keys alone: any COCO-format JSON + image folder, or generated shapes."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -41,14 +42,13 @@ def add_data_config(cfg: CfgNode) -> None:
 
     # The generated set that "shapes_train" / "shapes_test" in DATASETS.TRAIN / TEST stand for.
     # Meaning, unit and range of each setting: fgd.data.drawing.ShapesSettings.
-    default = ShapesSettings()
     node = cfg.DATASETS.SHAPES = type(cfg)()
     node.ROOT = ""  # folder; "" = OUTPUT_DIR/shapes. Sets of other settings live side by side.
-    node.TRAIN_IMAGES = default.images
+    node.TRAIN_IMAGES = 1000
     node.TEST_IMAGES = 200
-    for key in ("SEED", "SIZE", "CLASSES", "OBJECTS", "BOX", "OVERLAP", "CONTRAST", "NOISE"):
-        node[key] = getattr(default, key.lower())
-    node.CLUTTER = default.clutter
+    for field in dataclasses.fields(ShapesSettings):
+        if field.name not in ("images", "split"):
+            node[field.name.upper()] = field.default
 
 
 def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:

@@ -27,9 +27,12 @@ class ShapesSettings:
         classes: K, the first K of `CLASSES`.
         objects: shapes per image.
         box: of each box side, pixels.
+        rotation: most that a shape is turned either way, degrees in [0, 180]. At 0 a square is a
+            rectangle along the image's axes; at 180 any direction comes up.
         overlap: most that two boxes share, as a fraction of the smaller one, in [0, 1].
         contrast: of a shape against its surroundings, 1..127 grey levels in its strongest channel;
             each shape draws between 1 and 2 times this.
+        texture: how far the smooth background varies either way, grey levels.
         noise: standard deviation of the pixel noise, grey levels.
         clutter: distractors per image, lines and blobs smaller than any shape.
     """
@@ -41,31 +44,38 @@ class ShapesSettings:
     classes: int = 3
     objects: tuple[int, int] = (1, 3)
     box: tuple[int, int] = (18, 60)
+    rotation: float = 30.0
     overlap: float = 0.3
     contrast: float = 40.0
+    texture: float = 20.0
     noise: float = 12.0
     clutter: int = 6
 
     def __post_init__(self):
-        problems = [
-            f"{name} {value} is not an ascending pair of at least {least}"
-            for name, value, least in (
-                ("size", self.size, 16),
-                ("objects", self.objects, 0),
-                ("box", self.box, 4),
+        ranges = {"size": 16, "objects": 0, "box": 4}  # name: least value
+        wrong = {
+            "images": self.images < 1,
+            "seed": self.seed < 0,
+            "split": self.split not in (0, 1),
+            "classes": not 1 <= self.classes <= len(CLASSES),
+            "rotation": not 0 <= self.rotation <= 180,
+            "overlap": not 0 <= self.overlap <= 1,
+            "contrast": not 1 <= self.contrast <= 127,
+            "texture": not 0 <= self.texture <= 127,
+            "noise": not 0 <= self.noise <= 127,
+            "clutter": self.clutter < 0,
+        }
+        for name, least in ranges.items():
+            pair = getattr(self, name)
+            wrong[name] = len(pair) != 2 or not least <= pair[0] <= pair[1]
+        wrong["box"] = wrong["box"] or self.box[1] > self.size[0]
+        found = ", ".join(f"{name}={getattr(self, name)}" for name in wrong if wrong[name])
+        if found:
+            raise UserError(
+                f"drawn shapes: {found} is not possible. Ranges are ascending pairs, classes 1.."
+                f"{len(CLASSES)}, overlap 0..1, contrast 1..127, rotation 0..180, and the largest "
+                f"box ({self.box[-1]} px) fits into the smallest image ({self.size[0]} px)"
             )
-            if len(value) != 2 or not least <= value[0] <= value[1]
-        ]
-        if self.images < 1 or self.seed < 0 or self.split not in (0, 1) or self.clutter < 0:
-            problems.append("images must be >= 1, seed and clutter >= 0, split 0 or 1")
-        if not 1 <= self.classes <= len(CLASSES):
-            problems.append(f"classes must be 1..{len(CLASSES)}, not {self.classes}")
-        if not (0 <= self.overlap <= 1 and 1 <= self.contrast <= 127 and self.noise >= 0):
-            problems.append("overlap must be in [0, 1], contrast in [1, 127], noise >= 0")
-        if not problems and self.box[1] > self.size[0]:
-            problems.append(f"box {self.box} does not fit into the smallest image ({self.size[0]})")
-        if problems:
-            raise UserError("shapes settings: " + "; ".join(problems))
 
     @property
     def digest(self) -> str:
@@ -74,21 +84,23 @@ class ShapesSettings:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _outline(label: int, rng: np.random.Generator) -> np.ndarray:
-    """(P, 2) vertices of one shape inside the unit square, touching all four sides."""
+def _outline(label: int, angle: float) -> np.ndarray:
+    """(P, 2) vertices of one shape turned by `angle` (radians), in the unit square, touching its
+    four sides."""
     name = CLASSES[label]
     corners = {"circle": 48, "triangle": 3, "square": 4, "star": 10, "cross": 12}[name]
-    angle = 2 * np.pi * np.arange(corners) / corners + rng.uniform(0, 2 * np.pi)
+    upright = -np.pi / 2 if name != "square" else np.pi / 4  # y points down
+    angles = upright + angle + 2 * np.pi * np.arange(corners) / corners
     radius = np.ones(corners)
     if name == "star":
         radius[1::2] = 0.42
-    points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    if name == "cross":  # twelve corners of a plus sign, turned by the same random angle
+    points = np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+    if name == "cross":  # twelve corners of a plus sign, turned by the same angle
         arm = 0.36
         quarter = np.array([[1, -arm], [1, arm], [arm, arm]])
         turn = np.array([[0, 1], [-1, 0]])
         plus = np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
-        cos, sin = np.cos(angle[0]), np.sin(angle[0])
+        cos, sin = np.cos(angle), np.sin(angle)
         points = plus @ np.array([[cos, sin], [-sin, cos]])
     points -= points.min(axis=0)
     return points / points.max(axis=0)
@@ -105,7 +117,8 @@ def _place(label, image_hw, taken, settings, rng):
         box = np.array([x, y, x + side, y + other])
         if all(_overlap(box, b) <= settings.overlap for b in taken):
             taken.append(box)
-            return _outline(label, rng) * [side, other] + [x, y]
+            angle = np.radians(rng.uniform(-settings.rotation, settings.rotation))
+            return _outline(label, angle) * [side, other] + [x, y]
     return None
 
 
@@ -149,10 +162,10 @@ def _paint(canvas: np.ndarray, points: np.ndarray, settings, rng) -> None:
     region += alpha * (colour - region)
 
 
-def _background(image_hw, rng) -> np.ndarray:
+def _background(image_hw, texture, rng) -> np.ndarray:
     """(H, W, 3) float32 smooth random colours, 0..255: a coarse grid enlarged bicubically."""
     height, width = image_hw
-    coarse = rng.uniform(40, 215, (1, 1, 3)) + rng.uniform(-40, 40, (5, 5, 3))
+    coarse = rng.uniform(40, 215, (1, 1, 3)) + texture * rng.uniform(-1, 1, (5, 5, 3))
     grid = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8))
     return np.asarray(grid.resize((width, height), Image.BICUBIC), dtype=np.float32).copy()
 
@@ -168,7 +181,7 @@ def draw_image(index: int, settings: ShapesSettings):
     """
     rng = np.random.default_rng([settings.seed, settings.split, index])
     image_hw = tuple(int(side) for side in rng.integers(*settings.size, size=2, endpoint=True))
-    canvas, taken, objects = _background(image_hw, rng), [], []
+    canvas, taken, objects = _background(image_hw, settings.texture, rng), [], []
     for _ in range(rng.integers(*settings.objects, endpoint=True)):
         label = int(rng.integers(settings.classes))
         points = _place(label, image_hw, taken, settings, rng)
