@@ -50,6 +50,7 @@ def write_fake_graph(
         "count": np.array([[count]], np.int32),
         "divisor": np.array(divisor, np.float32),
         "xyxy": np.array([1, 0, 1, 0], np.int64),  # (h, w) -> (w, h, w, h)
+        "identity": np.eye(3, dtype=np.float32)[:, :, None, None],  # the network
         "first": np.array(0, np.int64),
         "one": np.array([1], np.int64),
         "zero": np.array(0, np.int32),
@@ -61,10 +62,11 @@ def write_fake_graph(
         ("Unsqueeze", ["sizes_xyxy", "one"], "sizes_row", {}),
         ("Cast", ["sizes_row"], "sizes_float", {"to": TensorProto.FLOAT}),
         ("Mul", ["sizes_float", "fractions"], "boxes", {}),
-        ("Gather", ["images", "first"], "left", {"axis": 3}),
+        ("Cast", ["images"], "pixels", {"to": TensorProto.FLOAT}),
+        ("Conv", ["pixels", "identity"], "features", {}),
+        ("Gather", ["features", "first"], "left", {"axis": 3}),
         ("Gather", ["left", "first"], "corner", {"axis": 2}),
-        ("Cast", ["corner"], "corner_float", {"to": TensorProto.FLOAT}),
-        ("Div", ["corner_float", "divisor"], "scores", {}),
+        ("Div", ["corner", "divisor"], "scores", {}),
         ("Slice", ["image_sizes", "starts", "ends", "one"], "heights", {}),
         ("Mul", ["heights", "zero"], "zeros", {}),
         ("Add", ["zeros", "count"], "num_dets", {}),

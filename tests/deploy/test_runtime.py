@@ -155,7 +155,7 @@ def test_foreign_graphs_are_refused(tmp_path):
         OrtDetector(tmp_path / "bare.onnx")
     write_fake_graph(tmp_path / "renamed.onnx")
     graph = onnx.load(tmp_path / "renamed.onnx")
-    graph.graph.output[0].name = graph.graph.node[10].output[0] = "count_out"
+    graph.graph.output[0].name = graph.graph.node[11].output[0] = "count_out"
     onnx.save(graph, tmp_path / "renamed.onnx")
     with pytest.raises(UserError, match=r"outputs \['count_out'"):
         OrtDetector(tmp_path / "renamed.onnx")
