@@ -54,6 +54,6 @@ def test_finished_runs_are_not_repeated_and_are_summarized(tmp_path, capsys):
 
 
 def test_a_run_that_fails_says_why(tmp_path):
-    runs = plan(CONFIG, "", ["student"], [0], tmp_path, {"MODEL.TIMM.NAME": "no_such_net"})
-    with pytest.raises(UserError, match="student, seed 0, exit code 2: .*no_such_net"):
+    runs = plan(CONFIG, "", ["student"], [0], tmp_path, {"MODEL.DEVICE": "nowhere"})
+    with pytest.raises(UserError, match="student, seed 0, exit code 2: .*nowhere"):
         run_all(runs)
