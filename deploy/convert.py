@@ -1,39 +1,53 @@
 """Exportable module -> ONNX model: traced, stripped of everything that is not the detector."""
 
+import warnings
 from typing import Tuple
 
 import onnx
 import torch
 from torch.export import Dim
 
+from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
 from deploy.ops import TRANSLATIONS
 from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
 
 OPSET = 18
 RAW = "raw."  # prefix of the values inside the graph that `expose_raw` can make outputs
+THRESHOLD = "score_threshold"  # name of the initializer
 
 
 def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     """Trace the detector and return the finished model, metadata included.
 
     The raw predictions of `detector.network` keep names of their own ("raw.…") inside the graph.
+
+    Raises:
+        ParityError: the backbone or a head uses an operator that has no ONNX translation.
     """
     example = _example(detector, spec)
     with torch.no_grad():
         raw_names = [RAW + name for name in detector.network(*example)]
-    program = torch.onnx.export(
-        detector,
-        example,
-        dynamo=True,
-        opset_version=spec.opset,
-        external_data=False,
-        input_names=INPUT_NAMES,
-        output_names=[*OUTPUT_NAMES, *raw_names],
-        dynamic_shapes=_dynamic_shapes(detector, spec),
-        custom_translation_table=TRANSLATIONS,
-        verbose=False,
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's, about its own internals
+            program = torch.onnx.export(
+                detector,
+                example,
+                dynamo=True,
+                opset_version=spec.opset,
+                external_data=False,
+                input_names=INPUT_NAMES,
+                output_names=[*OUTPUT_NAMES, *raw_names],
+                dynamic_shapes=_dynamic_shapes(spec),
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ParityError(
+            f"torch.onnx cannot convert this {spec.architecture} ({reason}); --debug shows where"
+        ) from error
     model = program.model_proto
     _strip(model)
     onnx.helper.set_model_props(model, spec.to_metadata())
@@ -53,7 +67,7 @@ def _example(detector, spec: ModelSpec) -> Tuple[torch.Tensor, torch.Tensor]:
     return images, torch.tensor([[height, width]] * batch, dtype=torch.int32)
 
 
-def _dynamic_shapes(detector, spec: ModelSpec):
+def _dynamic_shapes(spec: ModelSpec):
     if spec.dynamic == "none":
         return None
     batch = Dim("batch", min=1)

@@ -1,7 +1,8 @@
 """What every exportable detector shares: pixels in, and from kept rows to the output tensors."""
 
 import copy
-from typing import Tuple
+import operator
+from typing import Dict, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,22 @@ class ExportableDetector(nn.Module):
     A subclass borrows the sub-modules of a Detectron2 model and follows its inference step by step:
         network(images, image_sizes) -> {name: tensor}, all that has weights;
         detect(raw, image_sizes) -> the four outputs, all that selects.
-    It also sets `num_classes`, `score_threshold`, `nms_threshold` and `max_detections`.
+    It also sets `num_classes`, `nms_threshold` and `max_detections`.
 
     Args:
         student: the Detectron2 model. It is copied: the caller's stays as it was.
     """
 
+    # Where the model keeps its score threshold; `score_threshold` is its name in the file.
+    threshold_path: str
     # Raw tensors that `network` itself selected; it takes them as keyword arguments to be given.
     selections: Tuple[str, ...] = ()
 
     def __init__(self, student: nn.Module):
         super().__init__()
         self.student = copy.deepcopy(student).eval().requires_grad_(False)
+        threshold = operator.attrgetter(self.threshold_path)(student)
+        self.register_buffer("score_threshold", torch.tensor(float(threshold)))
 
     @property
     def size_divisibility(self) -> int:
@@ -44,6 +49,10 @@ class ExportableDetector(nn.Module):
         """Outputs of the class docstring, then the raw tensors of `network` in its order."""
         raw = self.network(images, image_sizes)
         return (*self.detect(raw, image_sizes), *raw.values())
+
+    def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
+        """In how many images a fixed limit inside the graph may have cut off detections."""
+        return 0
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """(pixels - mean) / std, and exactly 0 outside the true size, where Detectron2 pads."""

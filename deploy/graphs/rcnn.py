@@ -39,17 +39,25 @@ class ExportableRCNN(ExportableDetector):
         UserError: a model of another kind (C4, cascade, mask or keypoint heads, RoIPool, ...).
     """
 
+    threshold_path = "roi_heads.box_predictor.test_score_thresh"
     selections = ("rois",)
 
     def __init__(self, student):
         super().__init__(student)
-        self.rpn, self.heads = self.student.proposal_generator, self.student.roi_heads
         self._check_kind()
-        predictor, self.pooler = self.heads.box_predictor, self.heads.box_pooler
+        predictor = self.heads.box_predictor
         self.num_classes = self.heads.num_classes
-        self.score_threshold = predictor.test_score_thresh
         self.nms_threshold = predictor.test_nms_thresh
         self.max_detections = predictor.test_topk_per_image
+
+    # Properties: a second attribute would register the weights under a second name.
+    @property
+    def rpn(self):
+        return self.student.proposal_generator
+
+    @property
+    def heads(self):
+        return self.student.roi_heads
 
     def _check_kind(self):
         require(self.rpn, RPN, "MODEL.PROPOSAL_GENERATOR.NAME")
@@ -92,15 +100,11 @@ class ExportableRCNN(ExportableDetector):
 
     def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
         """The four outputs of `ExportableDetector` from what `network` returns."""
-        rois = raw["rois"]
-        batch, per_image = rois.shape[:2]
-        present = nonempty(rois)[..., None]
-        probs = raw["class_logits"].softmax(dim=-1).reshape(batch, per_image, -1)[..., :-1]
-        probs = torch.where(present, probs, INVALID).flatten(1)
-        scores, pair = probs.topk(min(MAX_CANDIDATES, per_image * self.num_classes), dim=1)
+        rois, probs = raw["rois"], self._pair_scores(raw)
+        scores, pair = probs.topk(min(MAX_CANDIDATES, probs.shape[1]), dim=1)
         row = pair // self.num_classes
         labels = pair - row * self.num_classes
-        deltas = raw["box_deltas"].reshape(batch, -1, 4)
+        deltas = raw["box_deltas"].reshape(rois.shape[0], -1, 4)
         agnostic = raw["box_deltas"].shape[1] == 4
         transform = self.heads.box_predictor.box2box_transform
         boxes = decode(take(deltas, row if agnostic else pair), take(rois, row), transform)
@@ -110,6 +114,18 @@ class ExportableRCNN(ExportableDetector):
             boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
         )
         return finish(index, boxes, scores, labels, image_sizes)
+
+    def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
+        """Images with more candidates than `MAX_CANDIDATES` whose list of K is not full."""
+        candidates = (self._pair_scores(raw) > self.score_threshold).sum(dim=1)
+        cut = (candidates > MAX_CANDIDATES) & (num_dets[:, 0] < self.max_detections)
+        return int(cut.sum())
+
+    def _pair_scores(self, raw: Dict[str, Tensor]) -> Tensor:
+        """(B, R * classes) probabilities, `INVALID` for proposals that are not there."""
+        probs = raw["class_logits"].softmax(dim=-1)[:, :-1]
+        probs = probs.reshape(*raw["rois"].shape[:2], self.num_classes)
+        return torch.where(nonempty(raw["rois"])[..., None], probs, INVALID).flatten(1)
 
     def _proposals(self, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Tensor):
         """(B, R, 4) proposals in descending order of objectness, then rows of zeros."""
@@ -141,7 +157,8 @@ class ExportableRCNN(ExportableDetector):
         Level bounds are compared as sizes: the graph's logarithm is not Detectron2's to the last
         bit, and boxes of exactly 112 or 224 pixels occur (a whole image, for one).
         """
-        pooler, align = self.pooler, self.pooler.level_poolers[0]
+        pooler = self.heads.box_pooler
+        align = pooler.level_poolers[0]
         size = rois[..., 2:] - rois[..., :2]
         ratio = (size[..., 0] * size[..., 1]).sqrt() / pooler.canonical_box_size + 1e-8
         level = torch.zeros_like(ratio, dtype=torch.int64)

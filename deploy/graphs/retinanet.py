@@ -28,6 +28,8 @@ class ExportableRetinaNet(ExportableDetector):
     Detectron2's: threshold and top-k per level, NMS on unclipped boxes, clip and drop empty last.
     """
 
+    threshold_path = "test_score_thresh"
+
     def __init__(self, student):
         super().__init__(student)
         student = self.student
@@ -40,7 +42,6 @@ class ExportableRetinaNet(ExportableDetector):
         self.levels = list(student.head_in_features)
         self.num_classes = student.num_classes
         self.topk = student.test_topk_candidates
-        self.score_threshold = student.test_score_thresh
         self.nms_threshold = student.test_nms_thresh
         self.max_detections = student.max_detections_per_image
 

@@ -1,0 +1,258 @@
+"""Command: distillation checkpoint -> verified ONNX file of the student alone, with a report."""
+
+import argparse
+import hashlib
+import os
+import time
+from collections import Counter
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from deploy.convert import OPSET, to_onnx
+from deploy.errors import ParityError, UserError, run_main
+from deploy.files import make_folder, write_atomically, write_json
+from deploy.graphs import exportable
+from deploy.graphs.common import ExportableDetector
+from deploy.inventory import Inventory, take_inventory
+from deploy.load import Student, load_student
+from deploy.predict import find_images
+from deploy.preprocess import load_image, prepare
+from deploy.spec import ModelSpec
+from deploy.verify import VerifyReport, verify
+
+_EXAMPLES = """examples:
+  python deploy/export.py output/model_final.pth
+  python deploy/export.py model_final.pth --size 480 640 --dynamic none --images photos/
+
+Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its contract), report.json.
+Exit codes: 0 verified; 2 something about the command, config or checkpoint; 4 the graph could not
+be shown to equal the model (it is then kept as model.failed.onnx, for inspection only).
+"""
+_FILES = ("model.onnx", "model.json", "report.json", "model.failed.onnx")
+_PACKAGES = ("fgd", "detectron2", "torch", "onnx", "onnxscript")
+_MOST_IMAGES = 30  # of --images, evenly spaced: each is run by Detectron2 as well
+
+
+def export(
+    checkpoint,
+    output=None,
+    *,
+    config_file: Optional[str] = None,
+    size: Optional[Tuple[int, int]] = None,
+    dynamic: str = "batch",
+    score_threshold: Optional[float] = None,
+    input_dtype: str = "float32",
+    images=None,
+    force: bool = False,
+) -> VerifyReport:
+    """Export, verify, and only then give the file its name.
+
+    Args:
+        checkpoint: .pth file.  output: folder; default `<stem>_onnx` beside the checkpoint.
+        config_file: used instead of the config found with the checkpoint.
+        size: (height, width) of the canvas; default from the config's test size.
+        dynamic: "none", "batch" or "image" (see `ModelSpec`).
+        score_threshold: replaces the config's.  input_dtype: "float32" or "uint8".
+        images: folder of images to verify on, beside the built-in ones.
+        force: replace an earlier export.
+    Returns:
+        The passed report; `output` then holds model.onnx, model.json and report.json.
+    Raises:
+        UserError: bad input, or an earlier export is there.
+        ParityError: not shown to be equal; `output` then holds model.failed.onnx and report.json.
+    """
+    checkpoint = Path(checkpoint)
+    output = Path(output) if output else checkpoint.with_name(f"{checkpoint.stem}_onnx")
+    _refuse_existing(output, force)
+    student = load_student(checkpoint, config_file, score_threshold)
+    detector = exportable(student.model)
+    spec = make_spec(student, detector, size, dynamic, input_dtype)
+    pixels = _read_images(images, spec) if images else None
+    make_folder(output)
+    print(f"config: {student.config_source}")
+    for key, (count, size_bytes) in student.dropped.items():
+        print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
+    started = time.perf_counter()
+    model = to_onnx(detector, spec)
+    exported = time.perf_counter()
+    inventory = take_inventory(detector.student, model)
+    if inventory.foreign_names:
+        raise ParityError(
+            f"not the student's: {', '.join(inventory.foreign_names[:3])} in the graph"
+        )
+    print(f"{inventory.text()}\nexported in {exported - started:.0f} s, verifying")
+    content = model.SerializeToString(deterministic=True)
+    spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
+    temporary = output / f".model.onnx.{os.getpid()}.tmp"
+    try:
+        write_atomically(temporary, content)
+        report = verify(student.model, temporary, spec, pixels)
+        seconds = {"export": exported - started, "verify": time.perf_counter() - exported}
+        details = _describe(checkpoint, student, model, len(content), inventory, seconds)
+        _publish(output, temporary, spec, report, {**details, "verification": report.to_dict()})
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(report.table())
+    if not report.passed:
+        raise ParityError(
+            f"{report.verdict}: {report.explanation}. Kept as {output / 'model.failed.onnx'}"
+        )
+    print(f"written: {output / 'model.onnx'} ({len(content) / 1e6:.1f} MB)")
+    return report
+
+
+def make_spec(
+    student: Student,
+    detector: ExportableDetector,
+    size: Optional[Tuple[int, int]] = None,
+    dynamic: str = "batch",
+    input_dtype: str = "float32",
+) -> ModelSpec:
+    """The contract of the file to be.
+
+    Raises:
+        UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
+            from the config, or was given although sizes are dynamic.
+    """
+    inputs, step = student.cfg.INPUT, detector.size_divisibility
+    if dynamic == "image":
+        if size:
+            raise UserError("--size fixes the canvas, --dynamic image leaves it open: choose one")
+        size = (None, None)
+    elif size is None:
+        if inputs.MIN_SIZE_TEST <= 0:
+            raise UserError(
+                "INPUT.MIN_SIZE_TEST is 0 (no resizing): give the canvas with --size H W"
+            )
+        size = tuple(
+            -(-side // step) * step for side in (inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)
+        )
+    elif min(size) < step or size[0] % step or size[1] % step:
+        raise UserError(f"--size {size[0]} {size[1]}: both must be multiples of {step}")
+    return ModelSpec(
+        architecture=type(student.model).__name__,
+        classes=student.classes,
+        input_format=inputs.FORMAT,
+        input_dtype=input_dtype,
+        min_size=inputs.MIN_SIZE_TEST,
+        max_size=inputs.MAX_SIZE_TEST,
+        size_divisibility=step,
+        height=size[0],
+        width=size[1],
+        dynamic=dynamic,
+        max_detections=detector.max_detections,
+        score_threshold=attrgetter(detector.threshold_path)(student.model),
+        nms_threshold=detector.nms_threshold,
+        mean=list(student.cfg.MODEL.PIXEL_MEAN),
+        std=list(student.cfg.MODEL.PIXEL_STD),
+        opset=OPSET,
+        hashes={"checkpoint_sha256": student.checkpoint_sha256},
+        versions={package: version(package) for package in _PACKAGES},
+    )
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    found = [name for name in _FILES if (output / name).exists()]
+    if found and not force:
+        raise UserError(f"{output} already holds {', '.join(found)}; --force replaces them")
+
+
+def _read_images(folder, spec: ModelSpec) -> List[np.ndarray]:
+    files = find_images([folder])
+    chosen = np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).round().astype(int)
+    return [prepare(load_image(files[i]), spec) for i in chosen]
+
+
+def _describe(checkpoint, student, model, size, inventory: Inventory, seconds) -> Dict:
+    """What report.json says besides the verification."""
+    return {
+        "checkpoint": str(checkpoint),
+        "config": student.config_source,
+        "left_out": {
+            key: {"tensors": count, "bytes": size_bytes}
+            for key, (count, size_bytes) in student.dropped.items()
+        },
+        "values": inventory.to_dict(),
+        "graph": {
+            "bytes": size,
+            "opset": model.opset_import[0].version,
+            "nodes": len(model.graph.node),
+            "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+        },
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _publish(output: Path, temporary: Path, spec: ModelSpec, report: VerifyReport, data) -> None:
+    """Give the graph the name it deserves; what an earlier export left goes away."""
+    write_json(output / "report.json", data)
+    for name in _FILES:
+        if name != "report.json":
+            (output / name).unlink(missing_ok=True)
+    if report.passed:
+        spec.to_json(output / "model.json")
+    os.replace(temporary, output / ("model.onnx" if report.passed else "model.failed.onnx"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="checkpoint of train_net.py, or of stock Detectron2")
+    parser.add_argument("--output", metavar="DIR", help="default: CHECKPOINT_onnx/ beside it")
+    parser.add_argument(
+        "--config-file",
+        metavar="FILE",
+        help="student's config; default: the one in the checkpoint, else config.yaml beside it",
+    )
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="canvas in pixels; default: INPUT.MIN_SIZE_TEST x MAX_SIZE_TEST, rounded up",
+    )
+    parser.add_argument(
+        "--dynamic",
+        choices=("none", "batch", "image"),
+        default="batch",
+        help="what may vary: nothing (batch 1), the batch (default), or batch and canvas",
+    )
+    parser.add_argument("--score-threshold", type=float, metavar="T", help="default: the config's")
+    parser.add_argument("--input-dtype", choices=("float32", "uint8"), default="float32")
+    parser.add_argument("--images", metavar="DIR", help="verify on these images too")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def run(argv: Optional[Sequence[str]]) -> int:
+    args = build_parser().parse_args(argv)
+    export(
+        args.checkpoint,
+        args.output,
+        config_file=args.config_file,
+        size=tuple(args.size) if args.size else None,
+        dynamic=args.dynamic,
+        score_threshold=args.score_threshold,
+        input_dtype=args.input_dtype,
+        images=args.images,
+        force=args.force,
+    )
+    return 0
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command; returns its exit code."""
+    return run_main(run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""The exported file in ONNX Runtime, its raw predictions readable, and what it promised checked."""
+
+from typing import Dict, List, Tuple
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from deploy.convert import RAW, THRESHOLD, expose_raw
+from deploy.matching import Found
+from deploy.runtime import open_session
+from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
+from deploy.verify_images import Batch
+
+
+class GraphUnderTest:
+    """A session of the same graph whose raw predictions are outputs too.
+
+    Raises:
+        UserError: ONNX Runtime cannot load the model.
+    """
+
+    def __init__(self, model: onnx.ModelProto, name: str):
+        self.model, self.name = model, name
+        self.session = open_session(expose_raw(model).SerializeToString(), name)
+
+    @property
+    def threshold(self) -> float:
+        """The score threshold inside the graph, as float32."""
+        return float(numpy_helper.to_array(self._threshold(self.model)))
+
+    def with_threshold(self, value: float) -> "GraphUnderTest":
+        """The same graph with another score threshold; the file stays as it is."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        changed = numpy_helper.from_array(np.array(value, np.float32), THRESHOLD)
+        self._threshold(copy).CopyFrom(changed)
+        return GraphUnderTest(copy, self.name)
+
+    def run(self, batch: Batch) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
+        """The four outputs, and the raw predictions, by name."""
+        names = [output.name for output in self.session.get_outputs()]
+        values = self.session.run(names, dict(zip(INPUT_NAMES, batch)))
+        results = dict(zip(names, values))
+        raw = {name: value for name, value in results.items() if name.startswith(RAW)}
+        return {name: results[name] for name in OUTPUT_NAMES}, raw
+
+    @staticmethod
+    def _threshold(model: onnx.ModelProto) -> onnx.TensorProto:
+        return next(tensor for tensor in model.graph.initializer if tensor.name == THRESHOLD)
+
+
+def detections(outputs: Dict[str, np.ndarray], image: int) -> Found:
+    """The valid rows of one image."""
+    count = int(outputs["num_dets"][image, 0])
+    return Found(*(outputs[name][image, :count] for name in ("boxes", "scores", "labels")))
+
+
+def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpec) -> List[str]:
+    """What of the graph contract (`ModelSpec`) these outputs break; [] when all is well."""
+    size, k = len(batch.images), spec.max_detections
+    promised = {
+        "num_dets": (np.int32, (size, 1)),
+        "boxes": (np.float32, (size, k, 4)),
+        "scores": (np.float32, (size, k)),
+        "labels": (np.int32, (size, k)),
+    }
+    broken = [
+        f"{name} is {outputs[name].dtype} {outputs[name].shape}, not {np.dtype(dtype)} {shape}"
+        for name, (dtype, shape) in promised.items()
+        if outputs[name].dtype != dtype or outputs[name].shape != shape
+    ]
+    return broken or [
+        f"image {i} of {batch.image_sizes[i]}: {text}"
+        for i in range(size)
+        for text in _broken_rows(outputs, i, batch.image_sizes[i], spec)
+    ]
+
+
+def _broken_rows(outputs, image: int, size: np.ndarray, spec: ModelSpec) -> List[str]:
+    count = int(outputs["num_dets"][image, 0])
+    found = detections(outputs, image)
+    boxes, scores, labels = (outputs[name][image, count:] for name in ("boxes", "scores", "labels"))
+    corner = np.array([size[1], size[0]])
+    checks = {
+        "rows past num_dets are not 0, 0, -1": not boxes.any()
+        and not scores.any()
+        and (labels == -1).all(),
+        "NaN or infinity": np.isfinite(found.boxes).all() and np.isfinite(found.scores).all(),
+        "scores not descending": (np.diff(found.scores) <= 0).all(),
+        "a score outside 0..1": ((found.scores >= 0) & (found.scores <= 1)).all(),
+        "a label without class": ((found.labels >= 0) & (found.labels < len(spec.classes))).all(),
+        "a box outside the image": (found.boxes >= 0).all()
+        and (found.boxes[:, 2:] <= corner).all(),
+        "an empty box": (found.boxes[:, :2] < found.boxes[:, 2:]).all(),
+    }
+    return [text for text, holds in checks.items() if not holds]
+
+
+def broken_by_nan(graph: GraphUnderTest, batch: Batch) -> List[str]:
+    """An image of NaN must give no detection."""
+    outputs, _ = graph.run(batch._replace(images=np.full_like(batch.images, np.nan)))
+    count = int(outputs["num_dets"].sum())
+    return [f"an image of NaN gives {count} detections"] if count else []

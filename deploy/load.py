@@ -1,0 +1,129 @@
+"""Checkpoint -> the student alone, loaded completely or not at all, in eval mode on the CPU."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from deploy.errors import UserError
+from deploy.graphs import EXPORTABLE, supported
+from fgd.config import load_config, load_config_text, student_config
+from fgd.weights import load_complete, read_weights
+
+_KEPT = ("model", "config", "classes", "format")
+
+
+@dataclass
+class Student:
+    """A plain Detectron2 model and what belongs to it."""
+
+    model: nn.Module
+    cfg: CfgNode
+    classes: List[str]
+    config_source: str  # where the config came from, for the report
+    checkpoint_sha256: str
+    dropped: Dict[str, Tuple[int, int]]  # other content of the file: key -> (tensors, bytes)
+
+
+def load_student(
+    path, config_file: Optional[str] = None, score_threshold: Optional[float] = None
+) -> Student:
+    """Build the student that a checkpoint holds and load it strictly.
+
+    Args:
+        path: local .pth (or the model zoo's .pkl).
+        config_file: used instead of the config in the checkpoint or the config.yaml beside it.
+        score_threshold: replaces the config's, in [0, 1).
+    Raises:
+        UserError: not a checkpoint, no config, an architecture that cannot be exported, a weight
+            missing, left over, mismatched or not finite, or a wrong number of class names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    checkpoint = read_weights(str(path))
+    cfg, source = _find_config(path, checkpoint, config_file)
+    cfg = _inference_config(cfg, source, score_threshold)
+    model = build_model(cfg).eval()
+    report = load_complete(model, str(path), what="student")
+    # Older files hold buffers that are constants of the config today.
+    unknown = sorted(set(report.unexpected) - {name for name, _ in model.named_buffers()})
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} weights belong to no part of the student "
+            f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); the file must hold "
+            f"the plain student of the config from {source}"
+        )
+    dropped = {k: _measure(v) for k, v in checkpoint.items() if k not in _KEPT}
+    return Student(
+        model=model,
+        cfg=cfg,
+        classes=_class_names(path, checkpoint, cfg),
+        config_source=source,
+        checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        dropped={key: size for key, size in dropped.items() if size[0]},
+    )
+
+
+def _find_config(path: Path, checkpoint: Dict, config_file: Optional[str]) -> Tuple[CfgNode, str]:
+    beside = path.with_name("config.yaml")
+    if config_file:
+        return load_config(config_file), config_file
+    if isinstance(checkpoint.get("config"), str):
+        source = f"{path} (key 'config')"
+        return load_config_text(checkpoint["config"], source), source
+    if beside.is_file():
+        return load_config(str(beside)), str(beside)
+    raise UserError(
+        f"{path}: no config. Looked for the key 'config' in the checkpoint (train_net.py writes "
+        f"it) and for {beside}; give one with --config-file"
+    )
+
+
+def _inference_config(cfg: CfgNode, source: str, score_threshold: Optional[float]) -> CfgNode:
+    """The student's config for building it here: CPU, no weights of its own to fetch."""
+    cfg = student_config(cfg)
+    cfg.defrost()
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture not in EXPORTABLE:
+        raise UserError(
+            f"{source}: MODEL.META_ARCHITECTURE {architecture!r} cannot be exported; "
+            f"supported: {supported()}"
+        )
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "cpu", "", False
+    if score_threshold is not None:
+        if not 0 <= score_threshold < 1:
+            raise UserError(f"--score-threshold {score_threshold} is not in [0, 1)")
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
+    return cfg
+
+
+def _class_names(path: Path, checkpoint: Dict, cfg: CfgNode) -> List[str]:
+    """Names in the checkpoint, else the training set's, else "class_0", ..."""
+    dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    count = (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    names = checkpoint.get("classes")
+    if not names and cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN[0] in MetadataCatalog.list():
+        names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    if not names:
+        return [f"class_{i}" for i in range(count)]
+    if len(names) != count:
+        raise UserError(f"{path}: {len(names)} class names ({names[0]}, ...), {count} classes")
+    return [str(name) for name in names]
+
+
+def _measure(value) -> Tuple[int, int]:
+    """(number, bytes) of the tensors somewhere inside."""
+    if isinstance(value, Tensor):
+        return 1, value.numel() * value.element_size()
+    children = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list, tuple)):
+        return 0, 0
+    sizes = [_measure(child) for child in children]
+    return sum(count for count, _ in sizes), sum(size for _, size in sizes)

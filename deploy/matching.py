@@ -1,0 +1,87 @@
+"""Comparing two sets of detections of one image. numpy only.
+
+Never row by row: rows whose scores differ by rounding alone may swap places.
+"""
+
+from dataclasses import dataclass
+from typing import List, NamedTuple, Tuple
+
+import numpy as np
+
+MIN_IOU = 0.9  # two boxes above it, with one label, are one detection
+MARGIN = 1e-3  # a decision closer than this to its threshold may fall either way
+
+
+class Found(NamedTuple):
+    """Detections of one image, best first: boxes (R, 4) xyxy, scores (R,), labels (R,)."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class Decisions(NamedTuple):
+    """Where a detector draws its lines."""
+
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+
+
+@dataclass
+class Matching:
+    """pairs: (expected row, actual row); missing: other expected rows; extra: other actual rows."""
+
+    pairs: List[Tuple[int, int]]
+    missing: List[int]
+    extra: List[int]
+
+
+def match_detections(expected: Found, actual: Found) -> Matching:
+    """Pair detections of equal label and IoU > `MIN_IOU`, best score first, each used once."""
+    iou = np.where(
+        expected.labels[:, None] == actual.labels[None, :],
+        box_iou(expected.boxes, actual.boxes),
+        0.0,
+    )
+    pairs = []
+    for row in range(len(iou)):
+        best = int(iou[row].argmax()) if iou.shape[1] else 0
+        if iou.shape[1] and iou[row, best] > MIN_IOU:
+            pairs.append((row, best))
+            iou[:, best] = 0
+    rows, columns = {i for i, _ in pairs}, {j for _, j in pairs}
+    return Matching(
+        pairs=pairs,
+        missing=[i for i in range(iou.shape[0]) if i not in rows],
+        extra=[j for j in range(iou.shape[1]) if j not in columns],
+    )
+
+
+def near_decision(row: int, own: Found, other: Found, lines: Decisions) -> bool:
+    """Whether rounding may explain that `own[row]` is missing from `other`.
+
+    True within `MARGIN` of the score threshold, of the last score of a full list, or of the IoU at
+    which a better detection of its class, in either list, suppresses it.
+    """
+    box, score, label = own.boxes[row : row + 1], own.scores[row], own.labels[row]
+    limits = [lines.score_threshold]
+    limits += [x.scores[-1] for x in (own, other) if len(x.scores) == lines.max_detections]
+    if np.abs(score - np.array(limits)).min() <= MARGIN:
+        return True
+    for found in (own, other):
+        rivals = (found.labels == label) & (found.scores >= score - MARGIN)
+        iou = box_iou(box, found.boxes[rivals])
+        if (np.abs(iou - lines.nms_threshold) <= MARGIN).any():
+            return True
+    return False
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, M) intersection over union of xyxy boxes (N, 4) and (M, 4); 0 for empty boxes."""
+    a, b = a.astype(np.float64)[:, None], b.astype(np.float64)[None]
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    overlap = sides.clip(min=0).prod(axis=-1)
+    area = [(x[..., 2:] - x[..., :2]).clip(min=0).prod(axis=-1) for x in (a, b)]
+    union = area[0] + area[1] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)

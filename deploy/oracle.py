@@ -1,0 +1,92 @@
+"""The two judges of a graph: Detectron2's own inference, and the network in double precision."""
+
+from contextlib import contextmanager
+from typing import Dict, List
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploy.convert import RAW
+from deploy.graphs import exportable
+from deploy.matching import Found
+from deploy.verify_images import Batch
+
+
+@contextmanager
+def score_threshold(model: nn.Module, path: str, value: float):
+    """Set the attribute at a dotted `path` of `model` and put the old value back."""
+    owner = model
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@torch.no_grad()
+def detectron2_detections(model: nn.Module, batch: Batch) -> List[Found]:
+    """Detectron2's inference on each image of the batch, padded to the batch's canvas.
+
+    Detectron2 pads to the largest image, and padding changes features near the border. So one more
+    image of the canvas' size is put into its batch, and what it finds there is ignored.
+    """
+    images = [
+        torch.from_numpy(np.ascontiguousarray(canvas[:, :height, :width]))
+        for canvas, (height, width) in zip(batch.images, batch.image_sizes)
+    ]
+    canvas = torch.zeros_like(torch.from_numpy(batch.images[0]))
+    results = model.eval()([{"image": image} for image in [*images, canvas]])[:-1]
+    return [
+        Found(
+            instances.pred_boxes.tensor.numpy(),
+            instances.scores.numpy(),
+            instances.pred_classes.numpy(),
+        )
+        for instances in (result["instances"] for result in results)
+    ]
+
+
+class RawJudge:
+    """Errors of raw predictions against the network in float64, the graph's beside torch's own."""
+
+    def __init__(self, model: nn.Module):
+        self.single, self.double = exportable(model), exportable(model).double()
+
+    @torch.no_grad()
+    def errors(self, batch: Batch, raw: Dict[str, np.ndarray]) -> Dict[str, Dict[str, float]]:
+        """Largest absolute errors on one batch.
+
+        Args:
+            raw: the graph's raw predictions, named as in the file. Boxes it selected itself are
+                given to both networks, so that rows correspond.
+        Returns:
+            name -> {"graph", "torch", "scale": largest absolute value}. Selections are left out.
+        """
+        images, sizes = (torch.from_numpy(array) for array in batch)
+        given = {name: torch.from_numpy(raw[RAW + name]) for name in self.single.selections}
+        single = self.single.network(images, sizes, **given)
+        given = {name: value.double() for name, value in given.items()}
+        double = self.double.network(images, sizes, **given)
+        return {
+            name: {
+                "graph": _largest(raw[RAW + name] - truth.numpy()),
+                "torch": _largest((single[name].double() - truth).numpy()),
+                "scale": _largest(truth.numpy()),
+            }
+            for name, truth in double.items()
+            if name not in given
+        }
+
+    def cut_images(self, raw: Dict[str, np.ndarray], num_dets: np.ndarray) -> int:
+        """`ExportableDetector.cut_images` for arrays of the graph."""
+        tensors = {name[len(RAW) :]: torch.from_numpy(x) for name, x in raw.items()}
+        return self.single.cut_images(tensors, torch.from_numpy(num_dets))
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max()) if x.size else 0.0

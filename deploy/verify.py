@@ -1,0 +1,229 @@
+"""Proof that an exported graph equals the model: run with every export, and never on nothing."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+import onnx
+
+from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
+from deploy.graphs import EXPORTABLE
+from deploy.matching import Decisions, Found, match_detections, near_decision
+from deploy.oracle import RawJudge, detectron2_detections, score_threshold
+from deploy.spec import ModelSpec
+from deploy.verify_images import Batch, verification_batches
+
+MATCHED, BOX_PIXELS, SCORE = 0.995, 0.01, 1e-4  # gates for float32
+RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's
+ENOUGH = 20  # matched detections without which nothing was shown
+_NOISE = 10  # times a gate; on chaotic weights float noise alone reached 4 times, in torch as well
+_ROUNDINGS = 8  # of the largest value: errors this small are never held against the graph
+
+
+@dataclass
+class Tally:
+    """Comparison with Detectron2 over all images at one score threshold."""
+
+    threshold: float
+    expected: int = 0  # Detectron2's detections
+    matched: int = 0
+    excused: int = 0  # unmatched ones within rounding of a decision
+    unmatched: int = 0  # the others, of either side
+    examples: List[str] = field(default_factory=list)  # the first few of the last two kinds
+    box_error: float = 0.0  # pixels, largest over matched detections
+    score_error: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Matched share of the detections that nothing excuses; 1 if there are none."""
+        return self.matched / max(self.matched + self.unmatched, 1)
+
+    def add(self, expected: Found, actual: Found, lines: Decisions) -> None:
+        """Count the detections of one more image."""
+        matching = match_detections(expected, actual)
+        self.expected += len(expected.scores)
+        self.matched += len(matching.pairs)
+        for i, j in matching.pairs:
+            box_error = float(np.abs(expected.boxes[i] - actual.boxes[j]).max())
+            self.box_error = max(self.box_error, box_error)
+            score_error = abs(float(expected.scores[i]) - float(actual.scores[j]))
+            self.score_error = max(self.score_error, score_error)
+        for side, rows, own, other in (
+            ("missing", matching.missing, expected, actual),
+            ("extra", matching.extra, actual, expected),
+        ):
+            for row in rows:
+                excused = near_decision(row, own, other, lines)
+                self.excused += excused
+                self.unmatched += not excused
+                if len(self.examples) < 5:
+                    self.examples.append(
+                        f"{side}: class {own.labels[row]}, score {own.scores[row]:.4f}, box "
+                        f"{own.boxes[row].round(1).tolist()}{', excused' if excused else ''}"
+                    )
+
+
+@dataclass
+class Gate:
+    """One figure and the bound it must keep."""
+
+    name: str
+    value: float
+    bound: str
+    kept: bool
+
+
+@dataclass
+class VerifyReport:
+    """Verdict, and what it rests on. `verdict` is "equal", or says what is wrong."""
+
+    verdict: str
+    explanation: str
+    images: int
+    at_threshold: Tally
+    judged: Tally  # the same, or one at threshold 0 when too little was found
+    gates: List[Gate]
+    raw_errors: Dict[str, Dict[str, float]]  # name -> largest error of "graph" and "torch", "scale"
+    broken: List[str]  # promises of the graph contract
+    warnings: List[str]
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "equal"
+
+    def to_dict(self) -> Dict:
+        """For report.json; NaN and infinity, which JSON lacks, as text."""
+        return _json_ready({"passed": self.passed, **asdict(self)})
+
+    def table(self) -> str:
+        """Text: what was compared, one row per gate, then the verdict."""
+        tally = self.judged
+        lines = [
+            f"{self.images} images, score > {tally.threshold:g}: {tally.expected} detections, "
+            f"{tally.matched} matched, {tally.excused} unmatched within rounding of a decision, "
+            f"{tally.unmatched} unmatched"
+        ]
+        for gate in self.gates:
+            outcome = "ok" if gate.kept else "FAIL"
+            lines.append(f"  {gate.name:36} {gate.value:<10.3g} {gate.bound:10} {outcome}")
+        lines += [*self.broken[:5], *self.warnings, f"{self.verdict}: {self.explanation}"]
+        return "\n".join(lines)
+
+
+def _json_ready(value):
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(item) for item in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def verify(
+    model, onnx_path, spec: ModelSpec, images: Optional[Sequence[np.ndarray]] = None
+) -> VerifyReport:
+    """Compare a graph with Detectron2's inference and with the network in float64.
+
+    Args:
+        model: the Detectron2 student, with the score threshold that was exported.
+        onnx_path: file written by `convert.to_onnx`.  spec: its contract.
+        images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
+    Returns:
+        The report. When fewer than `ENOUGH` detections match at the spec's threshold, the judged
+        comparison is one at threshold 0, set in the model and in a copy of the graph alike.
+    Raises:
+        UserError: ONNX Runtime cannot load the file.
+    """
+    graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
+    batches = verification_batches(spec, images)
+    tally = _compare(model, graph, batches, spec)
+    judged = tally
+    if tally.matched < ENOUGH and not tally.unmatched:
+        path = EXPORTABLE[spec.architecture].threshold_path
+        with score_threshold(model, path, 0.0):
+            judged = _compare(model, graph.with_threshold(0.0), batches, spec)
+    raw_errors, warnings = _raw_errors(model, graph, batches)
+    gates = _gates(judged, raw_errors)
+    broken = _broken(graph, batches, spec)
+    verdict, explanation = _verdict(judged, gates, broken)
+    count = sum(len(batch.images) for batch in batches)
+    return VerifyReport(
+        verdict, explanation, count, tally, judged, gates, raw_errors, broken, warnings
+    )
+
+
+def _compare(model, graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> Tally:
+    tally = Tally(graph.threshold)
+    lines = Decisions(graph.threshold, spec.nms_threshold, spec.max_detections)
+    for batch in batches:
+        outputs, _ = graph.run(batch)
+        for i, expected in enumerate(detectron2_detections(model, batch)):
+            tally.add(expected, detections(outputs, i), lines)
+    return tally
+
+
+def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:
+    broken = []
+    if graph.threshold != np.float32(spec.score_threshold):
+        broken.append(f"the graph's score threshold is {graph.threshold}")
+    for batch in batches:
+        broken += broken_promises(graph.run(batch)[0], batch, spec)
+    if spec.input_dtype == "float32":
+        broken += broken_by_nan(graph, batches[0])
+    return broken
+
+
+def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
+    """Largest raw errors by name, and warnings. In float64 the first and the last batch do."""
+    judge = RawJudge(model)
+    worst: Dict[str, Dict[str, float]] = {}
+    warnings = []
+    for i, batch in enumerate(batches):
+        outputs, raw = graph.run(batch)
+        cut = judge.cut_images(raw, outputs["num_dets"])
+        if cut:
+            warnings.append(f"batch {i}: more candidates than the graph keeps in {cut} images")
+        if i not in (0, len(batches) - 1):
+            continue
+        for name, errors in judge.errors(batch, raw).items():
+            known = worst.setdefault(name, errors)
+            worst[name] = {key: max(known[key], value) for key, value in errors.items()}
+    return worst, warnings
+
+
+def _gates(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate]:
+    gates = [
+        Gate("matched", tally.ratio, f">= {MATCHED}", tally.ratio >= MATCHED),
+        Gate(
+            "box error (pixels)", tally.box_error, f"<= {BOX_PIXELS}", tally.box_error <= BOX_PIXELS
+        ),
+        Gate("score error", tally.score_error, f"<= {SCORE}", tally.score_error <= SCORE),
+    ]
+    for name, errors in raw_errors.items():
+        rounding = _ROUNDINGS * np.finfo(np.float32).eps * errors["scale"]
+        bound = float(max(RAW_RATIO * errors["torch"], rounding))
+        kept = bool(errors["graph"] <= bound)  # False for NaN
+        gates.append(Gate(f"{name} to float64", errors["graph"], f"<= {bound:.2g}", kept))
+    return gates
+
+
+def _verdict(tally: Tally, gates: List[Gate], broken: List[str]):
+    """(verdict, explanation)."""
+    failed = [gate.name for gate in gates if not gate.kept]
+    if broken:
+        return "contract broken", broken[0]
+    if not tally.unmatched and tally.matched < max(ENOUGH, tally.excused):
+        return "vacuous", (
+            f"{tally.matched} detections matched and {tally.excused} undecided out of "
+            f"{tally.expected}, even at score threshold {tally.threshold:g}: that proves nothing. "
+            "Is the model trained? Give images of its objects with --images"
+        )
+    if not failed:
+        return "equal", "the graph gives Detectron2's detections"
+    noise = tally.box_error <= _NOISE * BOX_PIXELS and tally.score_error <= _NOISE * SCORE
+    if noise and set(failed) <= {"box error (pixels)", "score error"}:
+        return "ill-conditioned weights", (
+            f"over the gate: {', '.join(failed)}. Not the graph's fault: its raw predictions are "
+            "as close to float64 as PyTorch's, the weights amplify rounding"
+        )
+    example = f"; {tally.examples[0]}" if tally.examples else ""
+    return "the graph differs", f"over the gate: {', '.join(failed)}{example}"
