@@ -7,12 +7,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector, rescale
+from deploy.verify_images import draw_scene
+from tests.deploy.conftest import ARCHITECTURES, make_cfg
 from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
 
 NO_CANVAS = {"dynamic": "image", "height": None, "width": None}
@@ -188,3 +192,59 @@ def test_used_provider_is_compared_with_the_wanted_one(model, monkeypatch):
     )
     with pytest.raises(UserError, match="asked for CUDA.*started CPU"):
         OrtDetector(model, providers=["cuda"])
+
+
+@pytest.fixture(scope="session")
+def dynamic_student(export_tiny):
+    """A RetinaNet whose canvas follows the image, as PyTorch pads."""
+    return export_tiny(make_cfg("RetinaNet"), "--dynamic", "image")
+
+
+def default_predictor(student, arch):
+    cfg = make_cfg(arch)
+    cfg.MODEL.WEIGHTS = str(student.checkpoint)
+    return DefaultPredictor(cfg)
+
+
+def assert_same_detections(found, instances):
+    """Equal in number, class and place: 0.1 pixels, whatever the order of equal scores."""
+    assert len(found.scores) == len(instances) >= 5, "vacuous: too few detections"
+    boxes, labels = instances.pred_boxes.tensor.numpy(), instances.pred_classes.numpy()
+    free = np.ones(len(boxes), bool)
+    for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+        distance = np.abs(boxes - box).max(axis=1) + 1e6 * (labels != label) + 1e6 * ~free
+        nearest = distance.argmin()
+        assert distance[nearest] < 0.1
+        assert instances.scores[nearest] == pytest.approx(score, abs=1e-3)
+        free[nearest] = False
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_image_files_give_what_default_predictor_gives(exported, tmp_path, arch, suffix):
+    student, path = exported(arch), tmp_path / f"scene{suffix}"
+    scene = draw_scene(np.random.default_rng(7), (240, 320))  # resized, it fills the canvas
+    Image.fromarray(scene.astype(np.uint8)).save(path)
+    expected = default_predictor(student, arch)(read_image(str(path), "BGR"))["instances"]
+    (found,) = OrtDetector(student.path).detect([path])
+    assert found.input_size == (96, 128)
+    assert_same_detections(found, expected)
+
+
+@pytest.mark.parametrize("size", [(150, 110), (300, 200), (77, 240), (64, 64)])
+def test_any_size_on_a_dynamic_canvas_as_default_predictor(dynamic_student, size):
+    scene = draw_scene(np.random.default_rng(3), size).astype(np.uint8)
+    expected = default_predictor(dynamic_student, "RetinaNet")(scene)["instances"]
+    (found,) = OrtDetector(dynamic_student.path).detect([scene])
+    assert found.size == size and not found.shrunk
+    assert_same_detections(found, expected)
+
+
+def test_swapped_channels_would_be_noticed(exported):
+    """The comparison above can fail: the same scene with red and blue exchanged does."""
+    student = exported("RetinaNet")
+    scene = draw_scene(np.random.default_rng(7), (240, 320)).astype(np.uint8)
+    expected = default_predictor(student, "RetinaNet")(scene)["instances"]
+    (found,) = OrtDetector(student.path).detect([scene[:, :, ::-1]])
+    with pytest.raises(AssertionError):
+        assert_same_detections(found, expected)
