@@ -5,7 +5,7 @@ from pycocotools import mask as mask_util
 from fgd.data.drawing import CLASSES, ShapesSettings, _outline, _overlap, draw_image
 from fgd.errors import UserError
 
-CLEAN = dict(noise=0.0, clutter=0, overlap=0.0, contrast=100.0)
+CLEAN = {"noise": 0.0, "clutter": 0, "overlap": 0.0, "contrast": 100.0}
 
 
 def boxes_of(objects):
@@ -69,7 +69,7 @@ def test_outline_fills_the_unit_square_and_has_the_area_of_its_class(label):
 
 @pytest.mark.parametrize("classes", range(1, len(CLASSES) + 1))
 def test_polygon_and_box_are_where_the_pixels_are(classes):
-    """The drawn pixels, the rasterised COCO polygon and the box have the same extent, to a pixel."""
+    """Drawn pixels, rasterised COCO polygon and box have the same extent, to a pixel."""
     settings = ShapesSettings(objects=(1, 1), classes=classes, **CLEAN)
     blank = ShapesSettings(objects=(0, 0), classes=classes, **CLEAN)
     for index in range(8):

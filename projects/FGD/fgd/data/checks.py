@@ -26,8 +26,6 @@ def _value(cfg: CfgNode, key: str):
 
 
 def _dataset_classes(name: str) -> list[str]:
-    if name not in DatasetCatalog.list():
-        raise UserError(f"dataset {name!r} is not registered; call register_from_config(cfg) first")
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)  # sets registered by Python code learn their classes on loading
@@ -41,13 +39,15 @@ def class_names(cfg: CfgNode) -> list[str]:
     """Class names in label order, the same for every dataset of the config.
 
     Args:
-        cfg: as `register_from_config` returned it.
+        cfg: as `register_from_config` returned it. Names that it was told to leave alone, and that
+            are not registered, are passed over: evaluation does without the training set.
     Raises:
         UserError: no dataset at all, or two that differ in names or order; shows both.
     """
-    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    listed = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    datasets = [name for name in listed if name in DatasetCatalog.list()]
     if not datasets:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty: nothing tells the class names")
+        raise UserError(f"no registered dataset tells the class names (DATASETS lists {listed})")
     first = _dataset_classes(datasets[0])
     for other in datasets[1:]:
         classes = _dataset_classes(other)
