@@ -154,7 +154,7 @@ def format_report(report: Dict[str, Any]) -> str:
         peak = alone["peak_mib"] or float("nan")
         lines.append(f"{name}: loads in {alone['load_seconds']:.2f} s, peak memory {peak:.0f} MiB")
     lines.append(f"file: {report['file_mib']:.2f} MiB")
-    lines += [f"NOISY, do not quote: {reason}" for reason in report["noisy"]]
+    lines += [f"NOISY, measure again: {reason}" for reason in report["noisy"]]
     return "\n".join(lines)
 
 

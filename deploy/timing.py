@@ -69,13 +69,14 @@ def noise(
         reasons.append(
             f"load average {load:.2f} left {max(free, 0):.1f} cores for {threads} threads"
         )
-    for name, timing in timings.items():
-        spread = np.percentile(timing.wall, 90) / np.median(timing.wall)
-        share = timing.cpu.sum() / timing.wall.sum()
-        if spread > _MAX_SPREAD:
-            reasons.append(f"{name}: p90 is {spread:.2f} x p50")
-        if on_cpu and share < _MIN_CPU_SHARE:
-            reasons.append(f"{name}: on a CPU for only {share:.0%} of the time")
+    spreads = {n: np.percentile(t.wall, 90) / np.median(t.wall) for n, t in timings.items()}
+    shares = {n: t.cpu.sum() / t.wall.sum() for n, t in timings.items()}
+    worst = max(spreads, key=spreads.get)
+    if spreads[worst] > _MAX_SPREAD:
+        reasons.append(f"p90 is up to {spreads[worst]:.2f} x p50 ({worst})")
+    worst = min(shares, key=shares.get)
+    if on_cpu and shares[worst] < _MIN_CPU_SHARE:
+        reasons.append(f"on a CPU for only {shares[worst]:.0%} of the time ({worst})")
     return reasons
 
 

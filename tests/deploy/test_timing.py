@@ -56,10 +56,10 @@ def test_noise_names_each_reason(monkeypatch):
     assert noise(quiet, None, threads=2) == []
     (reason,) = noise(quiet, 1.5, threads=1)
     assert reason == "load average 1.50 left 0.5 cores for 1 threads"
-    (reason,) = noise({"graph": timing([1.0] * 8 + [2.0] * 2)}, 0.0, 1)
-    assert reason == "graph: p90 is 2.00 x p50"
-    waiting = {"graph": timing([1.0] * 3, cpu=[0.5] * 3)}
-    assert noise(waiting, 0.0, 1) == ["graph: on a CPU for only 50% of the time"]
+    spread = {**quiet, "other": timing([1.0] * 8 + [2.0] * 2), "third": timing([1.0, 1.0, 1.5])}
+    assert noise(spread, 0.0, 1) == ["p90 is up to 2.00 x p50 (other)"]
+    waiting = {**quiet, "other": timing([1.0] * 3, cpu=[0.5] * 3)}
+    assert noise(waiting, 0.0, 1) == ["on a CPU for only 50% of the time (other)"]
     assert noise(waiting, 0.0, 1, on_cpu=False) == []
 
 
