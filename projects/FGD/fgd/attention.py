@@ -1,4 +1,4 @@
-"""Spatial and channel attention of a feature map (FGD paper, equations 7 to 10). Pure functions."""
+"""Spatial and channel attention of a feature map (FGD paper, A^S and A^C). Pure functions."""
 
 from torch import Tensor
 

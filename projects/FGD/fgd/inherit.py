@@ -1,4 +1,4 @@
-"""Inheriting strategy: start the student's neck and head from the teacher's (FGD paper, 4.2)."""
+"""Inheriting strategy: start the student's neck and head from the teacher's (FGD paper)."""
 
 from typing import Dict, List, Tuple
 

@@ -64,7 +64,7 @@ def foreground_mask(boxes: Tensor, valid: Tensor, map_size: Size, dtype=torch.fl
         valid: (N, R) bool, False for rows that are no box.
         map_size: (H, W).
     Returns:
-        (N, H, W) in [0, 1], all zero for an image without boxes (FGD paper, equation 4, and its
+        (N, H, W) in [0, 1], all zero for an image without boxes (FGD paper, scale mask, and its
         rule that the smaller box wins an overlap).
     """
     start, end = boxes[..., :2].floor(), boxes[..., 2:].ceil()
@@ -108,7 +108,7 @@ def _first_cover(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 def background_mask(foreground: Tensor) -> Tensor:
     """(N, H, W) weights of the cells that no box owns: 1 / their number, so that they sum to 1.
 
-    All zero for an image that boxes cover completely (FGD paper, equations 5 and 6).
+    All zero for an image that boxes cover completely (FGD paper, scale mask outside boxes).
     """
     background = (foreground == 0).to(foreground.dtype)
     return background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
