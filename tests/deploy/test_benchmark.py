@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+from collections import Counter
 
+import onnx
 import pytest
 from PIL import Image
 
 from deploy import benchmark
 from deploy.runtime import OrtDetector
+from deploy.subgraph import network_only
+from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.fake_graph import fake_spec, write_fake_graph
 
 
@@ -95,3 +99,31 @@ def test_bad_usage_is_one_line_exit_2_and_no_figures(model, options, message, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (model.parent / "benchmark.json").exists()
+
+
+def test_detectron2_is_timed_beside_the_graph_it_was_exported_to(exported, tmp_path):
+    student, out = exported("RetinaNet"), tmp_path / "b.json"
+    options = ("--batch-sizes", 2, "--repeats", 3, "--warmup", 1, "--threads", 1, "--output", out)
+    assert run(student.path, *options) == 0
+    report = json.loads(out.read_text())
+    assert [row["row"] for row in report["rows"]] == list(benchmark.ROWS)
+    eager, graph, network, client = (row["p50_ms"] for row in report["rows"])
+    assert report["rows"][0]["ratio"] == 1
+    assert report["rows"][1]["ratio"] == pytest.approx(graph / eager)
+    assert network < client
+    assert report["checkpoint"] == str(student.checkpoint)
+    assert report["detections_per_image"] > 5, "vacuous: post-processing had nothing to do"
+    processes = report["processes"]
+    assert processes[benchmark.EAGER]["peak_mib"] > processes[benchmark.GRAPH]["peak_mib"] > 10
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cut_leaves_the_final_selection_out(exported, arch):
+    whole = onnx.load(exported(arch).path)
+    cut = network_only(whole)
+    counts = [Counter(node.op_type for node in part.graph.node) for part in (whole, cut)]
+    for op in ("Conv", "Gemm", "MatMul", "RoiAlign"):
+        assert counts[0][op] == counts[1][op]
+    # a two-stage network needs its proposals, but not the detections selected at the end
+    selections = {"RetinaNet": 0, "GeneralizedRCNN": 1}[arch]
+    assert counts[1]["NonMaxSuppression"] == selections == counts[0]["NonMaxSuppression"] - 1

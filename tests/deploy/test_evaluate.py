@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from deploy import evaluate
+from deploy.verify_images import draw_scene
 from tests.deploy.coco_files import truth, write_dataset
+from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
 
 
@@ -97,3 +99,48 @@ def test_bad_usage_is_one_line_and_exit_2(model, tmp_path, what, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     named = {"image": "1.png", "checkpoint": "gone_image.pth", "batch": "--batch-size"}
     assert line.startswith("error: ") and named.get(what, what) in line
+
+
+def write_scenes(folder, eager):
+    """Four drawn images; ground truth: every third detection of PyTorch, so that AP is middling."""
+    (folder / "images").mkdir()
+    generator, images, annotations = np.random.default_rng(5), [], []
+    for i, (height, width) in enumerate([(240, 320), (96, 128), (120, 160), (192, 256)]):
+        name = f"{i}.png"
+        scene = draw_scene(generator, (height, width)).astype(np.uint8)
+        Image.fromarray(scene).save(folder / "images" / name)
+        images.append({"id": i, "file_name": name, "height": height, "width": width})
+        record = {"file": str(folder / "images" / name), **images[-1]}
+        boxes, _, labels = (values[::3].tolist() for values in eager.detect(record))
+        for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entry = {"id": len(annotations), "image_id": i, "category_id": label, "bbox": box}
+            annotations.append(entry)
+    categories = [{"id": i, "name": name} for i, name in enumerate(eager.classes)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path = folder / "scenes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_graph_and_checkpoint_reach_the_same_ap(exported, tmp_path, arch, capsys):
+    student, out = exported(arch), tmp_path / "r.json"
+    eager = evaluate.load_eager(student.checkpoint, student.spec)
+    dataset = write_scenes(tmp_path, eager)
+    options = ("--dataset", dataset, "--checkpoint", student.checkpoint, "--output", out)
+    assert run(student.path, *options) == 0
+    report = json.loads(out.read_text())
+    assert 10 < report["metrics"]["AP"]["pytorch"] < 90
+    for row in report["metrics"].values():
+        assert row["onnx"] is None or abs(row["difference"]) < 0.05
+    assert report["checkpoint_sha256"] == student.spec.hashes["checkpoint_sha256"]
+    assert "pytorch" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_classes_is_refused(exported, tmp_path, capsys):
+    student = exported("RetinaNet")
+    write_fake_graph(tmp_path / "model.onnx")
+    options = ("--dataset", write_dataset(tmp_path), "--checkpoint", student.checkpoint)
+    assert run(tmp_path / "model.onnx", *options) == 2
+    assert "has classes ['disc', 'box', 'star'], the graph has" in capsys.readouterr().err
