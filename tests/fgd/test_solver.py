@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
@@ -5,7 +7,7 @@ from torch import nn
 
 from fgd.config import get_fgd_cfg
 from fgd.errors import DivergedError, UserError
-from fgd.solver import build_optimizer, check_solver
+from fgd.solver import build_lr_scheduler, build_optimizer, check_solver
 
 
 def solver_cfg(**keys):
@@ -123,6 +125,30 @@ def test_mistakes_are_named(keys, message):
     cfg.SOLVER.AMP.ENABLED = "AMP" in keys
     with pytest.raises(UserError, match=message):
         check_solver(cfg)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"STEPS": (10,)}, {"STEPS": (5, 2)}, {"LR_SCHEDULER_NAME": "Poly"}]
+)
+def test_impossible_schedules_are_explained(keys):
+    cfg = solver_cfg(MAX_ITER=10, **keys)
+    with pytest.raises(UserError, match="MAX_ITER 10: .*steps must increase"):
+        build_lr_scheduler(cfg, build_optimizer(cfg, make_model()))
+
+
+def test_cosine_schedule_warms_up_and_ends_near_zero():
+    cfg = solver_cfg(MAX_ITER=10, BASE_LR=1.0, WARMUP_ITERS=2, LR_SCHEDULER_NAME="WarmupCosineLR")
+    optimizer = build_optimizer(cfg, make_model())
+    schedule = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    # Half a cosine over ten steps; the first two rise from WARMUP_FACTOR 0.001 to its value at 2.
+    cosine = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    assert rates[2:] == pytest.approx(cosine[2:])
+    assert rates[:2] == pytest.approx([0.001, (0.001 + cosine[2]) / 2])
 
 
 def test_defaults_pass_the_check():

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from PIL import Image
 
 from fgd.data.datasets import register_from_config
@@ -55,3 +57,16 @@ def training_cfg(folder: Path, arch: str = "RetinaNet", opts: tuple = ()) -> Cfg
     cfg.OUTPUT_DIR = str(folder / "out")
     cfg.merge_from_list(list(opts))
     return register_from_config(cfg)
+
+
+def distilled(cfg: CfgNode, folder: Path) -> CfgNode:
+    """The same run under a teacher of the same kind with 24 channels and random weights."""
+    teacher = make_tiny_cfg(cfg.MODEL.META_ARCHITECTURE, channels=24)
+    torch.save({"model": build_model(teacher).state_dict()}, folder / "teacher.pth")
+    (folder / "teacher.yaml").write_text(teacher.dump())
+    cfg = cfg.clone()
+    cfg.MODEL.DISTILLER.STUDENT = cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(folder / "teacher.pth")
+    return cfg

@@ -14,7 +14,7 @@ import glob
 import logging
 import os
 import shutil
-from typing import IO, Any, Callable, List
+from typing import IO, Any, Callable, Iterator, List, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -27,6 +27,7 @@ from . import compat, rng
 from .config import student_config
 from .errors import UserError
 from .weights import read_weights
+from .yaml_config import parse_yaml
 
 FORMAT = "fgd-1"
 _TEMPORARY = ".tmp_fgd_"
@@ -186,6 +187,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 f"--resume: {path} holds no training state of this project; to start from its "
                 "weights pass MODEL.WEIGHTS instead"
             )
+        for change in config_changes(data["full_config"], self.header["full_config"]):
+            logger.warning(f"--resume with another config: {change}")
         try:
             self.student.load_state_dict(data["model"])
             if self.distillation:
@@ -209,6 +212,21 @@ class TrainingCheckpointer(DetectionCheckpointer):
         rng.set_state(data["rng"][rank])
         for name, value in data["trainer"]["loss_normalizers"][rank].items():
             self.student.get_submodule(name).loss_normalizer = value
+
+
+def config_changes(before: str, after: str) -> List[str]:
+    """Keys whose values differ between two config texts, as "KEY: before -> after"."""
+    old, new = (dict(_flatten(parse_yaml(text, "config"))) for text in (before, after))
+    keys = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def _flatten(node: dict, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def loss_normalizers(model: nn.Module) -> dict:

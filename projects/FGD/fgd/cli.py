@@ -132,13 +132,23 @@ def run(args: argparse.Namespace) -> int:
     """What each process of the job does; returns the exit code 0."""
     cfg = load_checked_config(args)
     check_output_dir(cfg.OUTPUT_DIR)
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="fgd")
+    set_up(cfg, args)
     cfg = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     check_class_count(cfg)
     if args.eval_only:
         return evaluate(cfg, resume=args.resume)
     return train(cfg, resume=args.resume)
+
+
+def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Loggers; for training also the seed and OUTPUT_DIR/config.yaml.
+
+    Evaluation leaves that file alone: it is the record of the training, and exporting reads it.
+    """
+    for name in ("fvcore", "detectron2", "fgd"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    if not args.eval_only:
+        default_setup(cfg, args)
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> int:

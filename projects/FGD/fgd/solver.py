@@ -2,6 +2,7 @@
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler as build_detectron2_schedule
 from detectron2.solver import build_optimizer as build_detectron2_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
@@ -77,6 +78,18 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     return adamw(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer):
+    """Detectron2's schedule of SOLVER.LR_SCHEDULER_NAME, with its complaints made readable."""
+    solver = cfg.SOLVER
+    try:
+        return build_detectron2_schedule(cfg, optimizer)
+    except ValueError as error:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}, STEPS {tuple(solver.STEPS)}, "
+            f"MAX_ITER {solver.MAX_ITER}: {error} (steps must increase and end below MAX_ITER)"
+        ) from error
 
 
 def clip_full_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:

@@ -160,6 +160,10 @@ class FGDTrainer(DefaultTrainer):
         return solver.build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return solver.build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainStream:
         return build_train_stream(cfg)
 

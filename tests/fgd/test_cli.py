@@ -1,0 +1,184 @@
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+
+from fgd import cli
+from fgd.config import load_config
+from fgd.errors import UserError
+
+from .training import distilled, training_cfg
+
+
+@pytest.fixture(autouse=True)
+def _forget_loggers():
+    """Detectron2 sets loggers up once per process, on the stdout of that moment."""
+    yield
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "fgd"):
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A run of two steps on a JSON dataset, as a user's yaml."""
+    cfg = training_cfg(tmp_path, opts=("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,)))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    return path
+
+
+def run(capfd, *argv):
+    """Exit code and stderr of the command in this process."""
+    capfd.readouterr()
+    code = cli.main([str(x) for x in argv])
+    return code, capfd.readouterr().err
+
+
+def error_line(text):
+    """The one line of an error, sure that there is no traceback."""
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_train_resume_evaluate(tmp_path, config_file, capfd):
+    out = tmp_path / "out"
+    assert cli.main(["--config-file", str(config_file)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["iteration"] == 2 and results["bbox"].keys() >= {"AP", "AP50"}
+    assert (out / "model_final.pth").exists() and (out / "config.yaml").exists()
+    log = (out / "log.txt").read_text()
+    assert "Distillation is OFF: plain RetinaNet" in log
+    assert 'MODEL.WEIGHTS is "": the student starts from its random initialisation' in log
+
+    assert cli.main(["--config-file", str(config_file), "--resume"]) == 0
+    assert "Training already complete (iteration 2 of 2)" in (out / "log.txt").read_text()
+
+    (out / "results.json").unlink()
+    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    assert cli.main(["--config-file", str(out / "config.yaml"), "--eval-only", *weights]) == 0
+    assert json.loads((out / "results.json").read_text()) == results
+    assert cli.main(["--config-file", str(out / "config.yaml"), "--eval-only", "--resume"]) == 0
+
+    code, err = run(capfd, "--config-file", out / "config.yaml", "--eval-only")
+    assert code == 2 and "name the checkpoint to evaluate" in error_line(err)
+
+
+def test_distilled_run_needs_its_teacher_only_for_training(tmp_path, config_file, capfd):
+    cfg = distilled(load_config(str(config_file)), tmp_path)
+    config_file.write_text(cfg.dump())
+    code, err = run(capfd, "--config-file", config_file, "SOLVER.STEPS", "()")
+    assert code == 0, err
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Distillation is ON: FGD on p3, p4, p5, p6, p7" in log and "teacher.pth" in log
+    state = torch.load(tmp_path / "teacher.pth", weights_only=True)
+    state["model"].popitem()
+    torch.save(state, tmp_path / "teacher.pth")
+    code, err = run(capfd, "--config-file", config_file)
+    assert code == 2 and "1 not in the file" in error_line(err)
+    (tmp_path / "teacher.pth").unlink()
+    final = tmp_path / "out" / "model_final.pth"
+    code, err = run(capfd, "--config-file", config_file, "--eval-only", "MODEL.WEIGHTS", final)
+    assert code == 0, err
+
+
+MISTAKES = {
+    "key": (["MODEL.FOO", "1"], "MODEL.FOO"),
+    "device": (["MODEL.DEVICE", "tpu9"], "'tpu9' is not a device"),
+    "amp": (["SOLVER.AMP.ENABLED", "True"], "mixed precision needs CUDA"),
+    "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "neither 'SGD' nor 'AdamW'"),
+    "classes": (["MODEL.RETINANET.NUM_CLASSES", "2"], "NUM_CLASSES"),
+    "data": (["DATASETS.JSON.TRAIN", "/nowhere.json"], "/nowhere.json"),
+    "weights": (["MODEL.WEIGHTS", "/nowhere.pth"], "/nowhere.pth: cannot read weights"),
+    "output": (["OUTPUT_DIR", "{file}/out"], "cannot write there"),
+    "remote": (["OUTPUT_DIR", "s3://bucket"], "is not a local folder"),
+    "machines": (["--num-machines", "2"], "--dist-url tcp://"),
+    "distiller": (["MODEL.META_ARCHITECTURE", "Distiller"], "MODEL.DISTILLER.TEACHER"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2(case, config_file, tmp_path, capfd):
+    arguments, message = MISTAKES[case]
+    arguments = [x.replace("{file}", str(config_file)) for x in arguments]
+    code, err = run(capfd, "--config-file", config_file, *arguments)
+    assert code == 2 and message in error_line(err)
+    assert not list(tmp_path.glob("out/*.pth"))
+
+
+def test_cuda_on_a_machine_without_it(config_file, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, err = run(capfd, "--config-file", config_file, "MODEL.DEVICE", "cuda")
+    assert code == 2 and "add MODEL.DEVICE cpu" in error_line(err)
+
+
+def test_debug_adds_the_traceback(config_file, capfd):
+    code, err = run(capfd, "--config-file", config_file, "--debug", "MODEL.FOO", "1")
+    assert code == 2 and "Traceback" in err and err.startswith("error: ")
+
+
+def test_unexpected_errors_are_exit_code_1_with_traceback(config_file, capfd, monkeypatch):
+    monkeypatch.setattr(cli, "FGDTrainer", lambda cfg: 1 / 0)
+    code, err = run(capfd, "--config-file", config_file)
+    assert code == 1 and "error: division by zero" in err and "ZeroDivisionError" in err
+
+
+def test_incomplete_weights_cannot_be_evaluated(config_file, tmp_path, capfd):
+    state = build_model(load_config(str(config_file))).state_dict()
+    state.popitem()
+    torch.save({"model": state}, tmp_path / "m.pth")
+    arguments = ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "m.pth")]
+    code, err = run(capfd, "--config-file", config_file, *arguments)
+    assert code == 2 and "model weights" in err and "1 not in the file" in error_line(err)
+
+
+def test_two_processes_that_diverge_are_one_line_and_exit_code_3(config_file):
+    """The installed command itself, as a user types it."""
+    script = os.path.join(os.path.dirname(sys.executable), "train_net.py")
+    command = [sys.executable, script, "--config-file", config_file, "--num-gpus", "2"]
+    command += ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    line = error_line(done.stderr)
+    assert re.search(r"iteration \d+: a loss became infinite or NaN on rank 0, 1 \(loss_cls", line)
+
+
+def test_parser_has_detectron2s_options_and_real_examples():
+    parser = cli.build_parser()
+    theirs = {x for a in default_argument_parser()._actions for x in a.option_strings}
+    ours = {x for a in parser._actions for x in a.option_strings}
+    assert ours - theirs == {"--debug"} and theirs <= ours
+    text = parser.format_help()
+    for name in re.findall(r"--config-file (configs/\S+)", text):
+        assert name.startswith("configs/fgd_")
+    for name in ("--resume", "--eval-only", "MODEL.DEVICE cpu", "Exit codes"):
+        assert name in text
+
+
+def test_results_are_valid_json_whatever_the_metrics(tmp_path):
+    results = {"bbox": {"AP": float("nan"), "AP50": 12.5}}
+    cli.write_results(str(tmp_path), results, None)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content == {"iteration": None, "bbox": {"AP": None, "AP50": 12.5}}
+
+
+def test_output_dir_is_made_and_proved_writable(tmp_path):
+    cli.check_output_dir(str(tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path / "a" / "b") == []
+    with pytest.raises(UserError, match="not a local folder"):
+        cli.check_output_dir("")
