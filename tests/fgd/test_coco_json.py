@@ -123,6 +123,8 @@ def edit(key, **change):
         (edit("images", height=None), "images[0] has no 'height'"),
         (edit("images", id=20), "id 20 occurs twice in 'images'"),
         (edit("images", file_name="gone.png"), "image 'gone.png'"),
+        (edit("images", height="48"), "image 10 has height, width ('48', 64)"),
+        (edit("images", width=0), "image 10 has height, width (48, 0)"),
         (edit("categories", name=None), "categories[0] has no 'name'"),
         (edit("annotations", bbox=None), "annotations[0] has no 'bbox'"),
         (edit("annotations", id=101), "id 101 occurs twice in 'annotations'"),

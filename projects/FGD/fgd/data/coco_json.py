@@ -89,10 +89,14 @@ def _by_id(path: str, content: dict, key: str, needed: tuple[str, ...]) -> dict:
     return entries
 
 
-def _check_files(path: str, image_root: str, images: dict) -> None:
+def _check_images(path: str, image_root: str, images: dict) -> None:
     if not os.path.isdir(image_root):
         raise UserError(f"image folder {image_root} of dataset JSON {path} does not exist")
-    names = [image["file_name"] for image in images.values()]
+    for number, image in images.items():
+        sides = (image["height"], image["width"])
+        if not all(type(v) in (int, float) and v > 0 for v in sides):
+            raise UserError(f"dataset JSON {path}: image {number!r} has height, width {sides}")
+    names = [str(image["file_name"]) for image in images.values()]
     for name in names[:: max(1, len(names) // _SAMPLED_IMAGES)]:
         if not os.path.isfile(os.path.join(image_root, name)):
             raise UserError(f"image {name!r} of dataset JSON {path} is not in {image_root}")
@@ -120,7 +124,7 @@ def summarize(path: str, image_root: str) -> CocoSummary:
     categories = _by_id(path, content, "categories", ("name",))
     images = _by_id(path, content, "images", ("file_name", "height", "width"))
     annotations = _by_id(path, content, "annotations", ("image_id", "category_id", "bbox"))
-    _check_files(path, image_root, images)
+    _check_images(path, image_root, images)
     ids = sorted(categories)
     summary = CocoSummary([categories[i]["name"] for i in ids], ids, len(images))
     for number, entry in annotations.items():
