@@ -68,6 +68,9 @@ def test_train_resume_evaluate(tmp_path, config_file, capfd):
 
     assert cli.main(["--config-file", str(config_file), "--resume"]) == 0
     assert "Training already complete (iteration 2 of 2)" in (out / "log.txt").read_text()
+    (out / "results.json").unlink()  # as if stopped during the last evaluation
+    assert cli.main(["--config-file", str(config_file), "--resume"]) == 0
+    assert json.loads((out / "results.json").read_text()) == results
 
     (out / "results.json").unlink()
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 
 from fgd.config import student_config
 from fgd.errors import DivergedError, UserError
-from fgd.trainer import FGDTrainer, check_finite
+from fgd.trainer import FGDTrainer, StopTogether, check_finite
 
 from .training import distilled, training_cfg
 
@@ -70,7 +70,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_resumed_training_is_bit_equal_to_uninterrupted(run, tmp_path):
-    """8 steps, against 4 + 4 with everything rebuilt: weights, optimizer, random numbers, losses."""
+    """8 steps, against 4 + 4 with everything rebuilt: weights, optimizer, random numbers."""
     arch, distil, opts = RUNS[run]
     # An evaluation right after the checkpoint draws random numbers that the resumed run does not.
     cfg = training_cfg(tmp_path, arch, opts=(*opts, "TEST.EVAL_PERIOD", 4))
@@ -161,6 +161,35 @@ def test_divergence_found_by_detectron2_itself_counts_too(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer.model, "forward", forward)
     with pytest.raises(DivergedError, match="iteration 0: Predicted boxes contain Inf/NaN. Train"):
         trainer.train()
+
+
+def test_step_trainer_fits_both_versions_of_detectron2():
+    """main's ``_write_metrics`` has one parameter more than v0.6's."""
+
+    class OnMain:
+        calls = []
+
+        def _write_metrics(self, loss_dict, data_time, prefix="", iter=None):
+            self.calls.append((loss_dict, data_time, prefix, iter))
+
+    class Step(StopTogether, OnMain):
+        pass
+
+    losses = {"a": torch.tensor(1.0)}
+    Step()._write_metrics(losses, 0.5, iter=3)
+    assert OnMain.calls == [(losses, 0.5, "", 3)]
+    with pytest.raises(DivergedError):
+        Step()._write_metrics({"a": torch.tensor(torch.nan)}, 0.5)
+    assert len(OnMain.calls) == 1
+
+
+def test_scale_of_mixed_precision_is_resumed(tmp_path):
+    cfg = training_cfg(tmp_path)
+    trainer, other = FGDTrainer(cfg), FGDTrainer(cfg)
+    trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    other._trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    other.load_state_dict(trainer.state_dict())
+    assert other._trainer.grad_scaler.get_scale() == 8.0
 
 
 def test_check_finite_looks_at_the_sum():

@@ -27,6 +27,8 @@ from .solver import check_solver
 from .trainer import FGDTrainer
 from .weights import load_complete
 
+RESULTS = "results.json"
+
 logger = logging.getLogger(__name__)
 
 _EPILOG = """
@@ -100,8 +102,8 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts or ())
     check_device(cfg.MODEL.DEVICE)
-    check_solver(cfg)
     if not args.eval_only:
+        check_solver(cfg)
         check_config(cfg)
     cfg.freeze()
     return cfg
@@ -158,9 +160,13 @@ def train(cfg: CfgNode, *, resume: bool = False) -> int:
     if trainer.is_complete:
         done, wanted = trainer.start_iter, trainer.max_iter
         logger.info(f"Training already complete (iteration {done} of {wanted})")
-        return 0
-    trainer.train()
-    write_results(cfg.OUTPUT_DIR, getattr(trainer, "_last_eval_results", {}), trainer.iter)
+        if os.path.exists(os.path.join(cfg.OUTPUT_DIR, RESULTS)):
+            return 0
+        results = trainer.test(cfg, trainer.model)  # the run was stopped while it evaluated
+    else:
+        trainer.train()
+        results = trainer.last_results
+    write_results(cfg.OUTPUT_DIR, results, trainer.max_iter)
     return 0
 
 
@@ -195,7 +201,7 @@ def write_results(folder: str, results: dict, iterations: Optional[int]) -> None
     if not comm.is_main_process():
         return
     content = json.dumps({"iteration": iterations, **_without_nan(results)}, indent=1)
-    atomic_write(os.path.join(folder, "results.json"), lambda file: file.write(content.encode()))
+    atomic_write(os.path.join(folder, RESULTS), lambda file: file.write(content.encode()))
 
 
 def _without_nan(value):

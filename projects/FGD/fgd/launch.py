@@ -117,7 +117,9 @@ def _worker(local_rank: int, main: Callable[..., int], args: Tuple, job: Tuple, 
         dist.destroy_process_group()
     except Exception as error:
         code = getattr(error, "exit_code", 1)
-        errors.put((one_line(error), code, f"rank {rank}:\n{traceback.format_exc()}"))
+        # Bounded, because the queue's pipe is read only after a process has ended.
+        details = f"rank {rank}:\n{traceback.format_exc()}"[-20_000:]
+        errors.put((one_line(error)[:10_000], code, details))
     if code:
         # Not sys.exit: it would wait for threads and collectives that other ranks never answer.
         sys.stdout.flush()

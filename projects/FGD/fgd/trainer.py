@@ -23,7 +23,7 @@ from .weights import load_complete
 logger = logging.getLogger(__name__)
 
 
-class _StopTogether:
+class StopTogether:
     """Mixin for Detectron2's step trainers: no rank steps with a loss that is NaN or infinite.
 
     Detectron2 finds out on the main process only, while the others step and later wait for it. Both
@@ -35,11 +35,11 @@ class _StopTogether:
         super()._write_metrics(loss_dict, data_time, *args, **kwargs)
 
 
-class _SimpleStep(_StopTogether, SimpleTrainer):
+class _SimpleStep(StopTogether, SimpleTrainer):
     pass
 
 
-class _AMPStep(_StopTogether, AMPTrainer):
+class _AMPStep(StopTogether, AMPTrainer):
     pass
 
 
@@ -119,6 +119,11 @@ class FGDTrainer(DefaultTrainer):
     def is_complete(self) -> bool:
         """Whether the resumed run has nothing left to do."""
         return self.start_iter >= self.max_iter
+
+    @property
+    def last_results(self) -> dict:
+        """Metrics of the last evaluation; {} before the first, or without DATASETS.TEST."""
+        return getattr(self, "_last_eval_results", {})
 
     def run_step(self) -> None:
         try:
