@@ -1,0 +1,68 @@
+"""The README's commands: each option exists, each file that it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deploy import benchmark, evaluate, export, predict
+from fgd import cli, study
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PARSERS = {
+    "train_net.py": cli.build_parser,
+    "python -m fgd.study": study.build_parser,
+    "python deploy/export.py": export.build_parser,
+    "python deploy/predict.py": predict.build_parser,
+    "python deploy/evaluate.py": evaluate.build_parser,
+    "python deploy/benchmark.py": benchmark.build_parser,
+}
+
+
+def commands():
+    """Every command line of the README's bash blocks, continuation lines joined."""
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip():
+                yield " ".join(shlex.split(line, comments=True))
+
+
+COMMANDS = list(commands())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_parses(command):
+    if command.startswith(("make ", "source ")):
+        target = command.split()[1]
+        makefile = (ROOT / "Makefile").read_text()
+        assert f"\n{target}:" in makefile or target == ".venv/bin/activate"
+        return
+    (name,) = [name for name in PARSERS if command.startswith(name + " ")]
+    words = command[len(name) :].split()
+    args = vars(PARSERS[name]().parse_args(words))
+    for key in ("config_file", "teacher"):
+        if args.get(key):
+            assert (ROOT / args[key]).is_file()
+
+
+def test_every_tool_is_shown():
+    for name in PARSERS:
+        assert any(command.startswith(name) for command in COMMANDS), name
+
+
+def test_the_files_it_lists_exist_and_none_is_left_out():
+    listed = set(re.findall(r"^\| `([\w./{}-]+\.(?:py|yaml))` \|", README, re.MULTILINE))
+    assert listed, "no layout table"
+    missing = [name for name in listed if not (ROOT / name).is_file()]
+    assert not missing
+    packages = [ROOT / "deploy", ROOT / "projects" / "FGD" / "fgd", ROOT / "tools"]
+    files = [path for folder in packages for path in folder.rglob("[!_]*.py")]
+    assert {str(path.relative_to(ROOT)) for path in files} - listed == set()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
