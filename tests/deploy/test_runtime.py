@@ -16,7 +16,8 @@ from PIL import Image
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector, rescale
 from deploy.verify_images import draw_scene
-from tests.deploy.conftest import ARCHITECTURES, make_cfg
+from fgd.config import load_config_text
+from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
 
 NO_CANVAS = {"dynamic": "image", "height": None, "width": None}
@@ -194,14 +195,11 @@ def test_used_provider_is_compared_with_the_wanted_one(model, monkeypatch):
         OrtDetector(model, providers=["cuda"])
 
 
-@pytest.fixture(scope="session")
-def dynamic_student(export_tiny):
-    """A RetinaNet whose canvas follows the image, as PyTorch pads."""
-    return export_tiny(make_cfg("RetinaNet"), "--dynamic", "image")
-
-
-def default_predictor(student, arch):
-    cfg = make_cfg(arch)
+def default_predictor(student):
+    """Detectron2's own, from nothing but the checkpoint."""
+    config = torch.load(student.checkpoint, weights_only=True)["config"]
+    cfg = load_config_text(config, str(student.checkpoint))
+    cfg.defrost()
     cfg.MODEL.WEIGHTS = str(student.checkpoint)
     return DefaultPredictor(cfg)
 
@@ -225,17 +223,19 @@ def test_image_files_give_what_default_predictor_gives(exported, tmp_path, arch,
     student, path = exported(arch), tmp_path / f"scene{suffix}"
     scene = draw_scene(np.random.default_rng(7), (240, 320))  # resized, it fills the canvas
     Image.fromarray(scene.astype(np.uint8)).save(path)
-    expected = default_predictor(student, arch)(read_image(str(path), "BGR"))["instances"]
+    expected = default_predictor(student)(read_image(str(path), "BGR"))["instances"]
     (found,) = OrtDetector(student.path).detect([path])
     assert found.input_size == (96, 128)
     assert_same_detections(found, expected)
 
 
 @pytest.mark.parametrize("size", [(150, 110), (300, 200), (77, 240), (64, 64)])
-def test_any_size_on_a_dynamic_canvas_as_default_predictor(dynamic_student, size):
+@pytest.mark.parametrize("fixture", ["dynamic_retinanet", "agnostic_rcnn"])
+def test_any_size_on_a_dynamic_canvas_as_default_predictor(request, fixture, size):
+    student = request.getfixturevalue(fixture)
     scene = draw_scene(np.random.default_rng(3), size).astype(np.uint8)
-    expected = default_predictor(dynamic_student, "RetinaNet")(scene)["instances"]
-    (found,) = OrtDetector(dynamic_student.path).detect([scene])
+    expected = default_predictor(student)(scene)["instances"]
+    (found,) = OrtDetector(student.path).detect([scene])
     assert found.size == size and not found.shrunk
     assert_same_detections(found, expected)
 
@@ -244,7 +244,7 @@ def test_swapped_channels_would_be_noticed(exported):
     """The comparison above can fail: the same scene with red and blue exchanged does."""
     student = exported("RetinaNet")
     scene = draw_scene(np.random.default_rng(7), (240, 320)).astype(np.uint8)
-    expected = default_predictor(student, "RetinaNet")(scene)["instances"]
+    expected = default_predictor(student)(scene)["instances"]
     (found,) = OrtDetector(student.path).detect([scene[:, :, ::-1]])
     with pytest.raises(AssertionError):
         assert_same_detections(found, expected)
