@@ -1,5 +1,6 @@
 """Errors the deploy commands report in one line, and the exit code each of them means."""
 
+import os
 import sys
 import traceback
 from typing import Callable, Optional, Sequence
@@ -25,12 +26,18 @@ def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequ
         argv: arguments without the program name; None means `sys.argv[1:]`. `--debug` among them
             prints the traceback before the line.
     Returns:
-        What `func` returned, or the exception's `exit_code`. Any other exception passes through:
-        it is a bug, and its traceback (exit code 1) is what we want to see.
+        What `func` returned, or the exception's `exit_code`; 1 if nobody reads what it printed
+        (`| head -1`). Any other exception passes through: it is a bug, and its traceback (exit
+        code 1) is what we want to see.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return func(argv)
+        exit_code = func(argv)
+        sys.stdout.flush()  # now: in the interpreter's shutdown nobody could catch it
+        return exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for that shutdown
+        return 1
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
         if exit_code is None:

@@ -1,6 +1,7 @@
 """The predict command, on a graph whose detections are known in advance."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,4 +152,15 @@ def test_as_typed_from_another_folder(model, photos, tmp_path):
     command = [sys.executable, script, "model.onnx", "photos", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    assert len(read(tmp_path / "out")["images"]) == 3
+
+
+def test_closed_pipe_is_no_traceback_but_no_success(model, photos, tmp_path):
+    """As in `predict.py ... | head -0`: what was printed is lost, what was written is there."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, predict.__file__, model, photos, "--output", tmp_path / "out"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
     assert len(read(tmp_path / "out")["images"]) == 3
