@@ -14,7 +14,7 @@ from deploy.coco_ap import METRICS, Result, coco_metrics
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
-from deploy.predict import show_progress
+from deploy.predict import SHRUNK, show_progress
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
 
@@ -167,14 +167,15 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     print(f"{report['dataset']}: {report['images']} images, {report['onnx_seconds']} s")
     print(format_table(report["metrics"]))
     if report["shrunk"]:
-        print(f"{report['shrunk']} did not fit the graph's canvas and were shrunk further")
+        print(f"{report['shrunk']} {SHRUNK}")
     if args.output:
         write_json(args.output, report)
     difference = report["metrics"]["AP"].get("difference", 0.0)
     if abs(difference) > MAX_AP_DIFFERENCE:
         raise ParityError(
             f"AP of {args.model} is {difference:+.3f} points from {args.checkpoint}, more than "
-            f"{MAX_AP_DIFFERENCE}; {report['shrunk']} images were shrunk to the graph's canvas"
+            f"{MAX_AP_DIFFERENCE}"
+            + (f"; {report['shrunk']} images {SHRUNK}" if report["shrunk"] else "")
         )
     return 0
 

@@ -72,6 +72,7 @@ def test_difference_to_the_checkpoint_decides(model, tmp_path, monkeypatch, caps
     assert (abs(row["difference"]) > 0.05) == (status == 4)
     printed = capsys.readouterr()
     assert "difference" in printed.out and ("error: AP of" in printed.err) == (status == 4)
+    assert ("1 images did not fit the graph's canvas" in printed.err) == (status == 4)
 
 
 def test_image_of_another_size_than_the_dataset_says(model, tmp_path, capsys):
