@@ -15,7 +15,7 @@ from deploy.spec import ModelSpec
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; a file of 32 kB can claim to hold far more
+MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb: 32 kB can claim 268 Mpx
 # Modes whose conversion to RGB keeps 8 bits per channel as they are. The others ("I;16", "I", "F",
 # "LAB") would be clipped to white or misread without a word.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
