@@ -5,8 +5,9 @@ Needs numpy, Pillow, onnxruntime and onnx; Detectron2 only where a checkpoint is
 
 import argparse
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from deploy.runtime import OrtDetector, open_session
 from deploy.spec import INPUT_NAMES, ModelSpec
 from deploy.subgraph import network_only
 from deploy.timing import (
+    Timing,
     available_cores,
     describe_machine,
     interleave,
@@ -67,51 +69,81 @@ def find_checkpoint(model, spec: ModelSpec) -> Optional[Path]:
     return None
 
 
+@dataclass
+class Settings:
+    """How to measure: see the options of the command."""
+
+    batch_sizes: Sequence[int] = (1, 4, 8)
+    threads: int = 1
+    repeats: int = 20
+    warmup: int = 3
+    provider: str = "cpu"
+
+
 def benchmark(
-    detector: OrtDetector,
-    images: Sequence[np.ndarray],
-    *,
-    eager=None,
-    batch_sizes: Sequence[int] = (1, 4, 8),
-    threads: int = 1,
-    repeats: int = 20,
-    warmup: int = 3,
+    detector: OrtDetector, images: Sequence[np.ndarray], checkpoint=None, settings=None
 ) -> Dict[str, Any]:
-    """Time all rows on the same images.
+    """Time all rows on the same images, and each detector's footprint alone.
 
     Args:
+        detector: made with the provider and threads of the settings.
         images: (H, W, 3) uint8 BGR; used in turn to fill the batches.
-        eager: deploy.eager.EagerDetector of the same student, or None.
-        threads: what the detector was made with; PyTorch gets as many.
+        checkpoint: the same student's, for the Detectron2 row; None leaves that out.
+        settings: default Settings().
     Returns:
-        "rows": a dict per row and batch size (see Timing.summary, and "ratio": its p50 over that
-        of Detectron2, or of ONNX Runtime where there is no checkpoint), "detections_per_image",
-        "input_sizes", and "noisy": reasons to distrust the figures.
+        What benchmark.json holds. "rows": a dict per row and batch size (see Timing.summary, and
+        "ratio": its p50 over that of Detectron2, or of ONNX Runtime where there is no checkpoint);
+        "processes": see measure_alone; "noisy": reasons to distrust the figures.
     """
+    settings, spec = settings or Settings(), detector.spec
     machine = describe_machine()  # before our own load
-    network = network_only(onnx.load(detector.path))
-    providers = detector.session.get_providers()
-    network = open_session(network.SerializeToString(), NETWORK, providers, threads)
+    threads, provider = settings.threads, settings.provider
+    eager = load_eager(checkpoint, spec, provider, threads) if checkpoint else None
+    most = _fill(images, max(settings.batch_sizes))
+    paths = {EAGER: checkpoint, GRAPH: None} if checkpoint else {GRAPH: None}
+    processes = {
+        name: measure_alone(detector.path, path, spec, provider, threads, most)
+        for name, path in paths.items()
+    }
+    rows, timings = _time_rows(detector, eager, images, settings)
+    found, providers = detector.detect(images), detector.session.get_providers()
+    return {
+        "model": str(detector.path),
+        "graph_sha256": detector.sha256,
+        "file_mib": detector.path.stat().st_size / 2**20,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "machine": machine,
+        "providers": providers,
+        "threads": threads,
+        "warmup": settings.warmup,
+        "input_sizes": sorted({"{}x{}".format(*detections.input_size) for detections in found}),
+        "detections_per_image": float(np.mean([len(detections.scores) for detections in found])),
+        "rows": rows,
+        "processes": processes,
+        "noisy": noise(timings, machine["load_average"], threads, on_cpu=len(providers) == 1),
+    }
+
+
+def _fill(images: Sequence[np.ndarray], count: int) -> List[np.ndarray]:
+    return [images[i % len(images)] for i in range(count)]
+
+
+def _time_rows(
+    detector: OrtDetector, eager, images: Sequence[np.ndarray], settings: Settings
+) -> Tuple[List[Dict[str, Any]], Dict[str, Timing]]:
+    """The report's rows, and all timings by a name to show."""
+    content = network_only(onnx.load(detector.path)).SerializeToString()
+    network = open_session(content, NETWORK, detector.session.get_providers(), settings.threads)
     rows, timings = [], {}
-    for batch in batch_sizes:
-        chosen = [images[i % len(images)] for i in range(batch)]
-        measured = interleave(_calls(detector, network, eager, chosen), repeats, warmup)
+    for batch in settings.batch_sizes:
+        calls = _calls(detector, network, eager, _fill(images, batch))
+        measured = interleave(calls, settings.repeats, settings.warmup)
         reference = np.median(measured[EAGER if eager else GRAPH].wall)
         for name, timing in measured.items():
             row = {"row": name, "batch": batch, **timing.summary(batch)}
             rows.append({**row, "ratio": float(np.median(timing.wall) / reference)})
             timings[f"{name}, batch {batch}"] = timing
-    found = detector.detect(images)
-    return {
-        "machine": machine,
-        "threads": threads,
-        "warmup": warmup,
-        "providers": providers,
-        "input_sizes": sorted({"{}x{}".format(*detections.input_size) for detections in found}),
-        "detections_per_image": float(np.mean([len(detections.scores) for detections in found])),
-        "rows": rows,
-        "noisy": noise(timings, machine["load_average"], threads, on_cpu=len(providers) == 1),
-    }
+    return rows, timings
 
 
 def _calls(
@@ -199,29 +231,8 @@ def _main(argv: Optional[Sequence[str]]) -> int:
         images = [load_image(path) for path in find_images(args.images)]
     if not checkpoint:
         print("no checkpoint found: no Detectron2 row (give one with --checkpoint)")
-    eager = load_eager(checkpoint, spec, args.provider, args.threads) if checkpoint else None
-    largest = [images[i % len(images)] for i in range(max(args.batch_sizes))]
-    alone = {
-        name: measure_alone(args.model, path, spec, args.provider, args.threads, largest)
-        for name, path in {EAGER: checkpoint, GRAPH: None}.items()
-        if name == GRAPH or checkpoint
-    }
-    report = benchmark(
-        detector,
-        images,
-        eager=eager,
-        batch_sizes=args.batch_sizes,
-        threads=args.threads,
-        repeats=args.repeats,
-        warmup=args.warmup,
-    )
-    report |= {
-        "model": args.model,
-        "graph_sha256": detector.sha256,
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "file_mib": detector.path.stat().st_size / 2**20,
-        "processes": alone,
-    }
+    settings = Settings(args.batch_sizes, args.threads, args.repeats, args.warmup, args.provider)
+    report = benchmark(detector, images, checkpoint, settings)
     print(format_report(report))
     write_json(args.output or detector.path.with_name("benchmark.json"), report)
     return 0
