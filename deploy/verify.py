@@ -1,14 +1,14 @@
 """Proof that an exported graph equals the model: run with every export, and never on nothing."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import onnx
 
 from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
 from deploy.graphs import EXPORTABLE
-from deploy.matching import Decisions, Found, match_detections, near_decision
+from deploy.matching import MARGIN, Decisions, Found, match_detections, near_decision
 from deploy.oracle import RawJudge, detectron2_detections, score_threshold
 from deploy.spec import ModelSpec
 from deploy.verify_images import Batch, verification_batches
@@ -22,9 +22,9 @@ _ROUNDINGS = 8  # of the largest value: errors this small are never held against
 
 @dataclass
 class Tally:
-    """Comparison with Detectron2 over all images at one score threshold."""
+    """Comparison with Detectron2 over all images and score thresholds."""
 
-    threshold: float
+    thresholds: List[float] = field(default_factory=list)
     expected: int = 0  # Detectron2's detections
     matched: int = 0
     excused: int = 0  # unmatched ones within rounding of a decision
@@ -32,6 +32,8 @@ class Tally:
     examples: List[str] = field(default_factory=list)  # the first few of the last two kinds
     box_error: float = 0.0  # pixels, largest over matched detections
     score_error: float = 0.0
+    lowest: float = 1.0  # of Detectron2's scores
+    highest: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -43,6 +45,8 @@ class Tally:
         matching = match_detections(expected, actual)
         self.expected += len(expected.scores)
         self.matched += len(matching.pairs)
+        self.lowest = min([self.lowest, *expected.scores.tolist()])
+        self.highest = max([self.highest, *expected.scores.tolist()])
         for i, j in matching.pairs:
             box_error = float(np.abs(expected.boxes[i] - actual.boxes[j]).max())
             self.box_error = max(self.box_error, box_error)
@@ -80,8 +84,8 @@ class VerifyReport:
     verdict: str
     explanation: str
     images: int
-    at_threshold: Tally
-    judged: Tally  # the same, or one at threshold 0 when too little was found
+    at_threshold: int  # of Detectron2's detections, those at the threshold of the spec
+    tally: Tally
     gates: List[Gate]
     raw_errors: Dict[str, Dict[str, float]]  # name -> largest error of "graph" and "torch", "scale"
     broken: List[str]  # promises of the graph contract
@@ -97,9 +101,10 @@ class VerifyReport:
 
     def table(self) -> str:
         """Text: what was compared, one row per gate, then the verdict."""
-        tally = self.judged
+        tally = self.tally
         lines = [
-            f"{self.images} images, score > {tally.threshold:g}: {tally.expected} detections, "
+            f"{self.images} images, {self.at_threshold} detections; at score thresholds "
+            f"{', '.join(f'{t:g}' for t in tally.thresholds)} together {tally.expected}: "
             f"{tally.matched} matched, {tally.excused} unmatched within rounding of a decision, "
             f"{tally.unmatched} unmatched"
         ]
@@ -128,37 +133,48 @@ def verify(
         onnx_path: file written by `convert.to_onnx`.  spec: its contract.
         images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
     Returns:
-        The report. When fewer than `ENOUGH` detections match at the spec's threshold, the judged
-        comparison is one at threshold 0, set in the model and in a copy of the graph alike.
+        The report. Detections are compared at the spec's score threshold and at a tenth of it,
+        where many more decisions are taken; at 0 too when fewer than `ENOUGH` matched. The lower
+        ones are set in the model and in a copy of the graph alike.
     Raises:
         UserError: ONNX Runtime cannot load the file.
     """
     graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
     batches = verification_batches(spec, images)
-    tally = _compare(model, graph, batches, spec)
-    judged = tally
+    tally = Tally()
+    _compare(tally, model, graph, batches, spec, spec.score_threshold)
+    at_threshold = tally.expected
+    _compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
     if tally.matched < ENOUGH and not tally.unmatched:
-        path = EXPORTABLE[spec.architecture].threshold_path
-        with score_threshold(model, path, 0.0):
-            judged = _compare(model, graph.with_threshold(0.0), batches, spec)
+        _compare(tally, model, graph, batches, spec, 0.0)
     raw_errors, warnings = _raw_errors(model, graph, batches)
-    gates = _gates(judged, raw_errors)
+    gates = _gates(tally, raw_errors)
     broken = _broken(graph, batches, spec)
-    verdict, explanation = _verdict(judged, gates, broken)
+    verdict, explanation = decide(tally, gates, broken)
     count = sum(len(batch.images) for batch in batches)
     return VerifyReport(
-        verdict, explanation, count, tally, judged, gates, raw_errors, broken, warnings
+        verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
     )
 
 
-def _compare(model, graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> Tally:
-    tally = Tally(graph.threshold)
-    lines = Decisions(graph.threshold, spec.nms_threshold, spec.max_detections)
-    for batch in batches:
-        outputs, _ = graph.run(batch)
-        for i, expected in enumerate(detectron2_detections(model, batch)):
-            tally.add(expected, detections(outputs, i), lines)
-    return tally
+def _compare(
+    tally: Tally,
+    model,
+    graph: GraphUnderTest,
+    batches: Sequence[Batch],
+    spec: ModelSpec,
+    threshold: float,
+) -> None:
+    """Add to the tally what both find at a score threshold; the file's own is not replaced."""
+    if threshold != spec.score_threshold:
+        graph = graph.with_threshold(threshold)
+    tally.thresholds.append(threshold)
+    lines = Decisions(threshold, spec.nms_threshold, spec.max_detections)
+    with score_threshold(model, EXPORTABLE[spec.architecture].threshold_path, threshold):
+        for batch in batches:
+            outputs, _ = graph.run(batch)
+            for i, expected in enumerate(detectron2_detections(model, batch)):
+                tally.add(expected, detections(outputs, i), lines)
 
 
 def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:
@@ -206,16 +222,21 @@ def _gates(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate]:
     return gates
 
 
-def _verdict(tally: Tally, gates: List[Gate], broken: List[str]):
-    """(verdict, explanation)."""
+def decide(tally: Tally, gates: List[Gate], broken: List[str]) -> Tuple[str, str]:
+    """(verdict, explanation) of `VerifyReport`."""
     failed = [gate.name for gate in gates if not gate.kept]
     if broken:
         return "contract broken", broken[0]
+    if tally.highest - tally.lowest <= MARGIN:
+        return "vacuous", (
+            f"all {tally.expected} scores lie within {MARGIN} of each other, so nothing could be "
+            "told apart. Is the model trained? Give images of its objects with --images"
+        )
     if not tally.unmatched and tally.matched < max(ENOUGH, tally.excused):
         return "vacuous", (
-            f"{tally.matched} detections matched and {tally.excused} undecided out of "
-            f"{tally.expected}, even at score threshold {tally.threshold:g}: that proves nothing. "
-            "Is the model trained? Give images of its objects with --images"
+            f"{tally.matched} of {tally.expected} detections matched, {tally.excused} undecided, "
+            f"down to score {tally.thresholds[-1]:g}: too few to prove anything. Give images of "
+            "the model's objects with --images"
         )
     if not failed:
         return "equal", "the graph gives Detectron2's detections"
@@ -223,7 +244,7 @@ def _verdict(tally: Tally, gates: List[Gate], broken: List[str]):
     if noise and set(failed) <= {"box error (pixels)", "score error"}:
         return "ill-conditioned weights", (
             f"over the gate: {', '.join(failed)}. Not the graph's fault: its raw predictions are "
-            "as close to float64 as PyTorch's, the weights amplify rounding"
+            "as close to float64 as PyTorch's, but the weights amplify rounding"
         )
     example = f"; {tally.examples[0]}" if tally.examples else ""
     return "the graph differs", f"over the gate: {', '.join(failed)}{example}"

@@ -27,6 +27,8 @@ class ExportableDetector(nn.Module):
 
     Args:
         student: the Detectron2 model. It is copied: the caller's stays as it was.
+    Raises:
+        UserError: the model has a part whose inference this class does not follow.
     """
 
     # Where the model keeps its score threshold; `score_threshold` is its name in the file.
@@ -36,9 +38,15 @@ class ExportableDetector(nn.Module):
 
     def __init__(self, student: nn.Module):
         super().__init__()
-        self.student = copy.deepcopy(student).eval().requires_grad_(False)
+        self.check_kind(student)
+        self.student = copy.deepcopy(student).requires_grad_(False)
         threshold = operator.attrgetter(self.threshold_path)(student)
         self.register_buffer("score_threshold", torch.tensor(float(threshold)))
+        self.eval()
+
+    @staticmethod
+    def check_kind(student: nn.Module) -> None:
+        """UserError if the model has a part whose inference the subclass does not follow."""
 
     @property
     def size_divisibility(self) -> int:

@@ -35,8 +35,7 @@ class ExportableRCNN(ExportableDetector):
     best K, empty boxes dropped last. The candidate limit is exact while no more pairs than that
     exceed the threshold, and also whenever K detections remain.
 
-    Raises:
-        UserError: a model of another kind (C4, cascade, mask or keypoint heads, RoIPool, ...).
+    Other kinds (C4, cascade, mask or keypoint heads, RoIPool) are refused.
     """
 
     threshold_path = "roi_heads.box_predictor.test_score_thresh"
@@ -44,7 +43,6 @@ class ExportableRCNN(ExportableDetector):
 
     def __init__(self, student):
         super().__init__(student)
-        self._check_kind()
         predictor = self.heads.box_predictor
         self.num_classes = self.heads.num_classes
         self.nms_threshold = predictor.test_nms_thresh
@@ -59,15 +57,17 @@ class ExportableRCNN(ExportableDetector):
     def heads(self):
         return self.student.roi_heads
 
-    def _check_kind(self):
-        require(self.rpn, RPN, "MODEL.PROPOSAL_GENERATOR.NAME")
-        require(self.rpn.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
-        require(self.heads, StandardROIHeads, "MODEL.ROI_HEADS.NAME")
-        require(self.heads.box_predictor, FastRCNNOutputLayers, "the box predictor")
-        require(self.heads.box_pooler.level_poolers[0], ROIAlign, "MODEL.ROI_BOX_HEAD.POOLER_TYPE")
-        if self.heads.mask_on or self.heads.keypoint_on:
+    @staticmethod
+    def check_kind(student):
+        rpn, heads = student.proposal_generator, student.roi_heads
+        require(rpn, RPN, "MODEL.PROPOSAL_GENERATOR.NAME")
+        require(rpn.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
+        require(heads, StandardROIHeads, "MODEL.ROI_HEADS.NAME")
+        require(heads.box_predictor, FastRCNNOutputLayers, "the box predictor")
+        require(heads.box_pooler.level_poolers[0], ROIAlign, "MODEL.ROI_BOX_HEAD.POOLER_TYPE")
+        if heads.mask_on or heads.keypoint_on:
             raise UserError("MODEL.MASK_ON and KEYPOINT_ON: only the box head can be exported")
-        if getattr(self.heads.box_predictor, "use_sigmoid_ce", False):
+        if getattr(heads.box_predictor, "use_sigmoid_ce", False):
             raise UserError("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: only softmax can be exported")
 
     def network(

@@ -33,8 +33,6 @@ class ExportableRetinaNet(ExportableDetector):
     def __init__(self, student):
         super().__init__(student)
         student = self.student
-        require(student.head, RetinaNetHead, "the RetinaNet head")
-        require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
         for subnet in (student.head.cls_subnet, student.head.bbox_subnet):
             for i, layer in enumerate(subnet):
                 if isinstance(layer, CycleBatchNormList):
@@ -44,6 +42,11 @@ class ExportableRetinaNet(ExportableDetector):
         self.topk = student.test_topk_candidates
         self.nms_threshold = student.test_nms_thresh
         self.max_detections = student.max_detections_per_image
+
+    @staticmethod
+    def check_kind(student):
+        require(student.head, RetinaNetHead, "the RetinaNet head")
+        require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
 
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
         """Per level "logits.p3": (B, A * classes, H, W) and "deltas.p3": (B, A * 4, H, W)."""

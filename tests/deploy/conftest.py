@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from deploy.export import main
+from deploy.graphs import exportable
 from deploy.spec import ModelSpec
 from deploy.verify_images import draw_scene
 from tests.conftest import make_tiny_cfg
@@ -35,6 +38,32 @@ class Exported:
         return ModelSpec.from_json(self.folder / "model.json")
 
 
+class ToyBody(Backbone):
+    """One convolution with a frozen norm per stage: traced in a third of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self._out_features = ["res2", "res3", "res4", "res5"]
+        self.stages = torch.nn.ModuleList(
+            Conv2d(i, 16, 5, stride=4 if i == 3 else 2, padding=2, norm=FrozenBatchNorm2d(16))
+            for i in (3, 16, 16, 16)
+        )
+        self._out_feature_strides = dict(zip(self._out_features, (4, 8, 16, 32), strict=True))
+        self._out_feature_channels = dict.fromkeys(self._out_features, 16)
+
+    def forward(self, x):
+        features = {}
+        for name, stage in zip(self._out_features, self.stages, strict=True):
+            x = features[name] = torch.relu(stage(x))
+        return features
+
+
+@BACKBONE_REGISTRY.register()
+def build_toy_fpn_backbone(cfg, input_shape: ShapeSpec):
+    names = cfg.MODEL.FPN.IN_FEATURES
+    return FPN(ToyBody(), names, cfg.MODEL.FPN.OUT_CHANNELS, "", LastLevelMaxPool())
+
+
 def scenes(count=4, shape=CANVAS, seed=1):
     """(count, 3, h, w) float32 drawn images."""
     rng = np.random.default_rng(seed)
@@ -46,6 +75,19 @@ def make_cfg(arch):
     cfg = make_tiny_cfg(arch)
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = CANVAS
     cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 200
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+    if arch == "RetinaNet":  # large enough to overlap their neighbours, or NMS had nothing to do
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    return cfg
+
+
+def toy_cfg(arch):
+    """As `make_cfg` over `ToyBody`: p2-p6, of which RetinaNet takes p3-p5."""
+    cfg = make_cfg(arch)
+    cfg.MODEL.BACKBONE.NAME = "build_toy_fpn_backbone"
+    if arch == "RetinaNet":
+        cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5"]
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
     return cfg
 
 
@@ -60,6 +102,8 @@ def conditioned(cfg):
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # cumulative average
+    for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
+        norm.running_var.uniform_(0.5, 2), norm.weight.uniform_(0.5, 1.5), norm.bias.uniform_(-1, 1)
     batch = [{"image": image} for image in images]
     with torch.no_grad():
         model.train()
@@ -102,7 +146,7 @@ def spread(targets, run):
         layer.bias.copy_(mean + scale * (layer.bias - values.mean()))
 
 
-def save_checkpoint(model, cfg, path, **changes):
+def save_checkpoint(model, cfg, path, /, **changes):
     """What train_net.py would write."""
     torch.save(
         {
@@ -132,6 +176,28 @@ def export_tiny(tmp_path_factory):
     return make
 
 
+def detectron2_outputs(model, images, sizes):
+    """Detectron2's detections as (boxes, scores, labels) per image, padded to the whole canvas."""
+    batch = [{"image": image[:, :h, :w]} for image, (h, w) in zip(images, sizes, strict=True)]
+    with torch.no_grad():
+        results = model([*batch, {"image": torch.zeros_like(images[0])}])[:-1]
+    found = [result["instances"] for result in results]
+    return [(i.pred_boxes.tensor.numpy(), i.scores.numpy(), i.pred_classes.numpy()) for i in found]
+
+
+def assert_equal_detections(outputs, expected, box=1e-3, score=5e-5, at_least=5):
+    """Each image's valid rows equal `expected` (without ties) row by row; the rest is empty."""
+    counts, boxes, scores, labels = (np.asarray(output) for output in outputs)
+    assert counts[:, 0].tolist() == [len(scores) for _, scores, _ in expected]
+    assert counts.sum() >= at_least, "vacuous: the tiny model must detect something"
+    for i, (expected_boxes, expected_scores, expected_labels) in enumerate(expected):
+        n = counts[i, 0]
+        np.testing.assert_array_equal(labels[i, :n], expected_labels)
+        np.testing.assert_allclose(scores[i, :n], expected_scores, atol=score, rtol=0)
+        np.testing.assert_allclose(boxes[i, :n], expected_boxes, atol=box, rtol=0)
+        assert not boxes[i, n:].any() and not scores[i, n:].any() and (labels[i, n:] == -1).all()
+
+
 @pytest.fixture(scope="session")
 def exported(export_tiny):
     """architecture -> Exported with the default options."""
@@ -143,3 +209,25 @@ def exported(export_tiny):
         return made[arch]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def dynamic_retinanet(export_tiny):
+    """RetinaNet over `ToyBody`, p3-p5, one batch norm per level in the head; any canvas, uint8."""
+    cfg = toy_cfg("RetinaNet")
+    cfg.MODEL.RETINANET.NORM = "BN"
+    return export_tiny(cfg, "--dynamic", "image", "--input-dtype", "uint8")
+
+
+@pytest.fixture(scope="session")
+def agnostic_rcnn(export_tiny):
+    """Faster R-CNN over `ToyBody` with one box per proposal; any canvas."""
+    cfg = toy_cfg("GeneralizedRCNN")
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    return export_tiny(cfg, "--dynamic", "image")
+
+
+@pytest.fixture(scope="session")
+def toy_detector():
+    """Exportable RetinaNet over `ToyBody`, not exported."""
+    return exportable(conditioned(toy_cfg("RetinaNet")))

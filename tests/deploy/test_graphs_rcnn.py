@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+
+from deploy.errors import UserError
+from deploy.graphs import exportable, rcnn
+from deploy.runtime import OrtDetector
+from tests.deploy.conftest import (
+    CANVAS,
+    assert_equal_detections,
+    conditioned,
+    detectron2_outputs,
+    scenes,
+    toy_cfg,
+)
+
+SIZES = [(96, 128), (96, 70), (50, 128)]
+
+
+def ort_outputs(path, images, sizes):
+    return list(OrtDetector(path).run(images.numpy(), np.array(sizes, np.int32)).values())
+
+
+def make_cfg(agnostic=False):
+    cfg = toy_cfg("GeneralizedRCNN")
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model():
+    return conditioned(make_cfg())
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("pooler", ["ROIAlignV2", "ROIAlign"])
+def test_module_equals_detectron2_on_a_ragged_batch(agnostic, pooler):
+    cfg = make_cfg(agnostic)
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = pooler, 2
+    model, images = conditioned(cfg), scenes(3, seed=2)
+    outputs = exportable(model)(images, torch.tensor(SIZES, dtype=torch.int32))
+    assert_equal_detections(outputs[:4], detectron2_outputs(model, images, SIZES))
+
+
+def test_proposals_are_detectron2s(model):
+    detector, images = exportable(model), scenes(2, seed=3)
+    sizes = torch.tensor([CANVAS] * 2, dtype=torch.int32)
+    rois = detector.network(images, sizes)["rois"]
+    batch = model.preprocess_image([{"image": image} for image in images])
+    proposals, _ = model.proposal_generator(batch, model.backbone(batch.tensor), None)
+    for image, expected in enumerate(proposals):
+        count = len(expected)
+        assert 10 < count <= 50 and not rois[image, count:].any()
+        torch.testing.assert_close(rois[image, :count], expected.proposal_boxes.tensor)
+
+
+def test_pooling_levels_are_detectron2s_at_the_exact_bounds(model):
+    """Squares of 112, 224 and 448 pixels, one pixel less, the whole canvas, and nothing."""
+    sides = torch.tensor([0.0, 30, 111, 112, 113, 223, 224, 225, 447, 448, 900])
+    rois = torch.stack([sides * 0, sides * 0, sides, sides], dim=-1)[None]
+    features = [torch.randn(1, 16, 1024 // s, 1024 // s) for s in (4, 8, 16, 32)]
+    pooler = model.roi_heads.box_pooler
+    expected = pooler(features, [Boxes(rois[0])])
+    torch.testing.assert_close(exportable(model)._pool(features, rois), expected)
+
+
+def test_more_candidates_than_the_limit_are_reported(model, monkeypatch):
+    images, sizes = scenes(1), torch.tensor([CANVAS], dtype=torch.int32)
+    detector = exportable(model)
+    detector.score_threshold.fill_(0.5)
+    raw = detector.network(images, sizes)
+    count = detector.detect(raw, sizes)[0]
+    assert 0 < count < 100 and detector.cut_images(raw, count) == 0
+    monkeypatch.setattr(rcnn, "MAX_CANDIDATES", 2)
+    assert detector.cut_images(raw, count) == 1
+    assert detector.cut_images(raw, torch.full_like(count, 100)) == 0  # a full list is exact
+
+
+def _mask(cfg):
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+
+
+def _cascade(cfg):
+    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+
+
+def _roi_pool(cfg):
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIPool"
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (_mask, "MODEL.MASK_ON"),
+        (_cascade, "MODEL.ROI_HEADS.NAME: CascadeROIHeads"),
+        (_roi_pool, "MODEL.ROI_BOX_HEAD.POOLER_TYPE: RoIPool"),
+    ],
+)
+def test_other_heads_are_refused_by_name(change, message):
+    cfg = make_cfg()
+    change(cfg)
+    with pytest.raises(UserError, match=message):
+        exportable(build_model(cfg))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnx_equals_detectron2(batch, exported):
+    made, images = exported("GeneralizedRCNN"), scenes(3, seed=4)
+    for start in range(0, 3, batch):
+        part, sizes = images[start : start + batch], SIZES[start : start + batch]
+        expected = detectron2_outputs(made.model, part, sizes)
+        assert_equal_detections(ort_outputs(made.path, part, sizes), expected)
+
+
+def test_onnx_nan_image_gives_no_detection_and_leaves_its_neighbour_alone(exported):
+    made = exported("GeneralizedRCNN")
+    images = torch.stack([torch.full((3, *CANVAS), float("nan")), scenes(1)[0]])
+    outputs = ort_outputs(made.path, images, [CANVAS] * 2)
+    assert [x.shape for x in outputs] == [(2, 1), (2, 100, 4), (2, 100), (2, 100)]
+    assert outputs[0][0] == 0 and outputs[0][1] > 5 and (outputs[3][0] == -1).all()
+
+
+def test_onnx_dynamic_image_class_agnostic(agnostic_rcnn):
+    made = agnostic_rcnn
+    for shape in ((96, 128), (64, 224), (32, 32)):
+        images = scenes(2, shape, seed=5)
+        sizes = [shape, (shape[0] - 5, shape[1] - 7)]
+        expected = detectron2_outputs(made.model, images, sizes)
+        assert_equal_detections(ort_outputs(made.path, images, sizes), expected, at_least=2)

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import CycleBatchNormList
+
+from deploy.errors import UserError
+from deploy.graphs import exportable
+from deploy.graphs.retinanet import LevelBatchNorm
+from deploy.runtime import OrtDetector
+from tests.deploy.conftest import (
+    CANVAS,
+    assert_equal_detections,
+    conditioned,
+    detectron2_outputs,
+    scenes,
+    toy_cfg,
+)
+
+SIZES = [(96, 128), (96, 70), (50, 128)]
+
+
+def ort_outputs(path, images, sizes):
+    detector = OrtDetector(path)
+    images = images.numpy().astype(detector.spec.input_dtype)
+    return list(detector.run(images, np.array(sizes, np.int32)).values())
+
+
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_module_equals_detectron2_on_a_ragged_batch(norm):
+    cfg = toy_cfg("RetinaNet")
+    cfg.MODEL.RETINANET.NORM = norm
+    model, images = conditioned(cfg), scenes(3, seed=2)
+    outputs = exportable(model)(images, torch.tensor(SIZES, dtype=torch.int32))
+    assert_equal_detections(outputs[:4], detectron2_outputs(model, images, SIZES))
+
+
+def test_small_topk_and_few_detections_are_detectron2s():
+    """Fewer candidates than the levels have, and fewer places than NMS leaves over."""
+    cfg = toy_cfg("RetinaNet")
+    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 30, 7
+    model, images = conditioned(cfg), scenes(2, seed=3)
+    outputs = exportable(model)(images, torch.tensor([CANVAS] * 2, dtype=torch.int32))
+    assert outputs[1].shape == (2, 7, 4)
+    assert_equal_detections(outputs[:4], detectron2_outputs(model, images, [CANVAS] * 2))
+
+
+def test_level_batch_norm_is_the_cycle_in_eval_mode():
+    cycle = CycleBatchNormList(length=2, num_features=4).eval()
+    for norm in cycle:
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    cycle.weight.data.normal_(), cycle.bias.data.normal_()
+    x = torch.randn(2, 4, 3, 3)
+    expected, norm = [cycle(x), cycle(x)], LevelBatchNorm(cycle)
+    for level in (0, 1, 0):
+        torch.testing.assert_close(norm(x), expected[level])
+    assert not torch.allclose(*expected)
+
+
+def test_other_heads_are_refused():
+    model = conditioned(toy_cfg("RetinaNet"))
+    model.head = torch.nn.Identity()
+    with pytest.raises(UserError, match="the RetinaNet head: Identity"):
+        exportable(model)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnx_equals_detectron2(batch, exported):
+    """p3-p7 over mobilenetv3; p7 has one cell, fewer than K candidates."""
+    made, images = exported("RetinaNet"), scenes(3, seed=4)
+    for start in range(0, 3, batch):
+        part, sizes = images[start : start + batch], SIZES[start : start + batch]
+        expected = detectron2_outputs(made.model, part, sizes)
+        assert_equal_detections(ort_outputs(made.path, part, sizes), expected)
+
+
+def test_onnx_nan_and_blank_images_give_fixed_shapes(exported):
+    made = exported("RetinaNet")
+    images = torch.stack([torch.full((3, *CANVAS), float("nan")), scenes(1)[0]])
+    outputs = ort_outputs(made.path, images, [CANVAS] * 2)
+    assert [x.shape for x in outputs] == [(2, 1), (2, 100, 4), (2, 100), (2, 100)]
+    assert outputs[0][0] == 0 and outputs[0][1] > 5
+    assert not outputs[1][0].any() and (outputs[3][0] == -1).all()
+
+
+def test_onnx_dynamic_image_uint8_with_batch_norm_per_level(dynamic_retinanet):
+    """Canvases of several sizes, down to one cell on the coarsest level; top-k is computed."""
+    made = dynamic_retinanet
+    for shape in ((96, 128), (64, 224), (32, 32)):
+        images = scenes(2, shape, seed=5)
+        sizes = [shape, (shape[0] - 5, shape[1] - 7)]
+        expected = detectron2_outputs(made.model, images, sizes)
+        assert_equal_detections(ort_outputs(made.path, images, sizes), expected, at_least=2)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from deploy.matching import Decisions, Found, box_iou, match_detections, near_decision
+
+LINES = Decisions(score_threshold=0.05, nms_threshold=0.5, max_detections=4)
+
+
+def found(*rows):
+    """Rows (left, score, label): boxes of 10 x 10 pixels."""
+    lefts, scores, labels = (np.array([row[i] for row in rows], float) for i in range(3))
+    boxes = np.stack([lefts, lefts * 0, lefts + 10, lefts * 0 + 10], axis=-1).reshape(-1, 4)
+    return Found(boxes, scores, labels.astype(int))
+
+
+def test_iou_by_hand():
+    a = np.array([[0, 0, 10, 10], [0, 0, 0, 5]], np.float32)
+    b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [20, 0, 30, 10]], np.float32)
+    np.testing.assert_allclose(box_iou(a, b), [[1, 1 / 3, 0], [0, 0, 0]])
+    assert box_iou(a[:0], b).shape == (0, 3)
+
+
+def test_swapped_rows_match():
+    expected, actual = found((0, 0.9, 1), (50, 0.9, 1)), found((50, 0.9, 1), (0, 0.9, 1))
+    matching = match_detections(expected, actual)
+    assert matching.pairs == [(0, 1), (1, 0)] and not matching.missing and not matching.extra
+
+
+def test_label_and_place_must_agree_and_each_is_used_once():
+    expected = found((0, 0.9, 1), (50, 0.8, 1), (90, 0.7, 2))
+    actual = found((0, 0.9, 0), (52, 0.8, 1), (90, 0.7, 2), (90.1, 0.6, 2))
+    matching = match_detections(expected, actual)  # 50 against 52: IoU 2/3
+    assert matching.pairs == [(2, 2)]
+    assert matching.missing == [0, 1] and matching.extra == [0, 1, 3]
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 2), (2, 0)])
+def test_empty_sides(rows):
+    a, b = (found(*[(i * 50, 0.9, 1) for i in range(n)]) for n in rows)
+    matching = match_detections(a, b)
+    assert (matching.pairs, len(matching.missing), len(matching.extra)) == ([], *rows)
+
+
+def test_only_what_is_near_a_decision_is_excused():
+    other = found((200, 0.99, 1))
+    assert near_decision(0, found((0, 0.0505, 1)), other, LINES)  # the score threshold
+    assert not near_decision(0, found((0, 0.06, 1)), other, LINES)
+    full = found(*[(i * 50, 0.9 - i * 0.1, 1) for i in range(4)])  # last score 0.6
+    assert near_decision(0, found((0, 0.6005, 1)), full, LINES)
+    assert not near_decision(0, found((0, 0.65, 1)), full, LINES)
+
+
+def test_suppression_at_the_very_threshold_is_excused():
+    """Shifted by 10/3 the IoU is 1/2; by 3.4, 0.4925; by 5, 1/3."""
+    own = found((0, 0.5, 1))
+    assert near_decision(0, own, found((10 / 3, 0.9, 1)), LINES)
+    assert not near_decision(0, own, found((3.4, 0.9, 1)), LINES)
+    assert not near_decision(0, own, found((10 / 3, 0.9, 0)), LINES)  # another class
+    assert not near_decision(0, own, found((10 / 3, 0.3, 1)), LINES)  # a worse box suppresses none
