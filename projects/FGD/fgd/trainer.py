@@ -115,6 +115,12 @@ class FGDTrainer(DefaultTrainer):
         if hasattr(compat.unwrap(self.model), "inherit_from_teacher"):
             compat.unwrap(self.model).inherit_from_teacher()
 
+    def train(self):
+        # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, with other
+        # rounding, so a new process would not continue bit by bit. Without a seed speed goes first.
+        with torch.jit.optimized_execution(self.cfg.SEED < 0):
+            return super().train()
+
     @property
     def is_complete(self) -> bool:
         """Whether the resumed run has nothing left to do."""
