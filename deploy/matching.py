@@ -10,6 +10,7 @@ import numpy as np
 
 MIN_IOU = 0.9  # two boxes above it, with one label, are one detection
 MARGIN = 1e-3  # a decision closer than this to its threshold may fall either way
+TIE = 1e-6  # scores closer than this have no order; confident ones saturate at exactly 1
 
 
 class Found(NamedTuple):
@@ -62,7 +63,9 @@ def near_decision(row: int, own: Found, other: Found, lines: Decisions) -> bool:
     """Whether rounding may explain that `own[row]` is missing from `other`.
 
     True within `MARGIN` of the score threshold, of the last score of a full list, or of the IoU at
-    which a better detection of its class, in either list, suppresses it.
+    which a better detection of its class, in either list, suppresses it. Also when the other list
+    has one of the same class and score that it overlaps so much that NMS keeps either: which one
+    is a matter of the order of equal scores, and Detectron2's sort does not define that.
     """
     box, score, label = own.boxes[row : row + 1], own.scores[row], own.labels[row]
     limits = [lines.score_threshold]
@@ -74,7 +77,8 @@ def near_decision(row: int, own: Found, other: Found, lines: Decisions) -> bool:
         iou = box_iou(box, found.boxes[rivals])
         if (np.abs(iou - lines.nms_threshold) <= MARGIN).any():
             return True
-    return False
+    tied = (other.labels == label) & (np.abs(other.scores - score) <= TIE)
+    return bool((box_iou(box, other.boxes[tied]) > lines.nms_threshold).any())
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

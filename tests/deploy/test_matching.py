@@ -57,3 +57,12 @@ def test_suppression_at_the_very_threshold_is_excused():
     assert not near_decision(0, own, found((3.4, 0.9, 1)), LINES)
     assert not near_decision(0, own, found((10 / 3, 0.9, 0)), LINES)  # another class
     assert not near_decision(0, own, found((10 / 3, 0.3, 1)), LINES)  # a worse box suppresses none
+
+
+def test_equal_scores_have_no_order():
+    """Of two boxes with one score that suppress each other, NMS may keep either."""
+    own = found((0, 1.0, 1))
+    assert near_decision(0, own, found((2, 1.0, 1)), LINES)  # IoU 2/3
+    assert not near_decision(0, own, found((2, 0.9999, 1)), LINES)
+    assert not near_decision(0, own, found((2, 1.0, 0)), LINES)  # another class
+    assert not near_decision(0, own, found((5, 1.0, 1)), LINES)  # IoU 1/3: both would be kept
