@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import torch
 from detectron2.utils.events import EventStorage
-from fgd.hooks import LogLevelTotals
 from torch import nn
+
+from fgd.hooks import LogLevelTotals
 
 
 def test_level_totals_reach_the_storage():
