@@ -42,7 +42,7 @@ def load_dataset(dataset: str, images: Optional[str] = None) -> CocoData:
 
     Args:
         dataset: path ending in .json, or a name registered with Detectron2 (imports it).
-        images: image folder of a JSON; None means "images" beside it, or else its own folder.
+        images: image folder of a JSON; None = "images" beside it or one folder up, else its own.
     Raises:
         UserError: not there, not COCO format, or without any usable box.
     """
@@ -60,9 +60,7 @@ def load_dataset(dataset: str, images: Optional[str] = None) -> CocoData:
 def _read_json(path: Path, images: Optional[str]) -> CocoData:
     try:
         truth = json.loads(path.read_text(encoding="utf-8"))
-        folder = Path(images) if images else path.parent / "images"
-        if not images and not folder.is_dir():
-            folder = path.parent
+        folder = Path(images) if images else _image_folder(path.absolute())
         records = [
             {
                 "id": image["id"],
@@ -84,6 +82,12 @@ def _read_json(path: Path, images: Optional[str]) -> CocoData:
         what = f"category ids {sorted(stray)} are not declared" if stray else "image ids repeat"
         raise UserError(f"{path} is not a valid COCO JSON: {what}")
     return CocoData(str(path), records, truth)
+
+
+def _image_folder(path: Path) -> Path:
+    """"images" beside the JSON or one folder up, else the JSON's own folder."""
+    usual = [parent / "images" for parent in (path.parent, path.parent.parent)]
+    return next((folder for folder in usual if folder.is_dir()), path.parent)
 
 
 def _complete(annotation: Dict) -> Dict:

@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help=".onnx file written by deploy/export.py")
     parser.add_argument("--dataset", required=True, help="COCO-format JSON, or a registered name")
-    parser.add_argument("--images", help='image folder of a JSON (default: "images" beside it)')
+    parser.add_argument("--images", help='of a JSON (default: "images" beside it or above)')
     parser.add_argument("--checkpoint", help="evaluate this checkpoint in PyTorch too, and compare")
     parser.add_argument("--output", help="write the results to this JSON file")
     parser.add_argument("--batch-size", type=int, default=1, help="images per run (%(default)s)")

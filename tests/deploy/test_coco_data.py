@@ -26,6 +26,10 @@ def test_json_beside_its_images(tmp_path):
 def test_image_folder_option_and_flat_layout(tmp_path):
     path = write_dataset(tmp_path)
     assert load_dataset(str(path), "else").images[0]["file"] == "else/0.png"
+    (tmp_path / "annotations").mkdir()
+    moved = path.rename(tmp_path / "annotations" / path.name)
+    assert load_dataset(str(moved)).images[0]["file"] == str(tmp_path / "images" / "0.png")
+    moved.rename(path)
     (tmp_path / "images").rename(tmp_path / "moved")
     assert load_dataset(str(path)).images[0]["file"] == str(tmp_path / "0.png")
 

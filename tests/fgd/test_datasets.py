@@ -91,6 +91,8 @@ def test_image_folder_beside_the_json_its_own_or_as_given(tmp_path):
     cfg = json_cfg(tmp_path)
     path = cfg.DATASETS.JSON.TRAIN
     assert datasets._image_root(path, "") == str(tmp_path / "images")
+    up = str(tmp_path / "annotations" / "train.json")
+    assert datasets._image_root(up, "") == str(tmp_path / "images")
     cfg.DATASETS.JSON.TRAIN_IMAGES = str(tmp_path / "photos")
     os.rename(tmp_path / "images", tmp_path / "photos")
     (name,) = register_from_config(cfg, splits=("TRAIN",)).DATASETS.TRAIN

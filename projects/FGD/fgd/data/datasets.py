@@ -33,7 +33,7 @@ def add_data_config(cfg: CfgNode) -> None:
     # COCO-format files. When set they become DATASETS.TRAIN / DATASETS.TEST. "" = unused.
     node.TRAIN = ""
     node.TEST = ""
-    # Image folders. "" = the folder "images" beside the JSON if there is one, else the JSON's own.
+    # Image folders. "" = "images" beside the JSON or one folder up, else the JSON's own folder.
     node.TRAIN_IMAGES = ""
     node.TEST_IMAGES = ""
     # Train on so many images, evenly spaced in the order of their ids; 0 = all. For studies of
@@ -139,8 +139,9 @@ def _image_root(json_file: str, images: str) -> str:
     if images:
         return os.path.abspath(os.path.expanduser(images))
     folder = os.path.dirname(json_file)
-    beside = os.path.join(folder, "images")
-    return beside if os.path.isdir(beside) else folder
+    # Beside the JSON, or beside the folder "annotations" that it is in.
+    usual = [os.path.join(parent, "images") for parent in (folder, os.path.dirname(folder))]
+    return next((path for path in usual if os.path.isdir(path)), folder)
 
 
 def _register_json(json_file: str, images: str, cfg=None, limit: int = 0, prefix: str = "") -> str:
