@@ -63,7 +63,8 @@ def test_train_resume_evaluate(tmp_path, config_file, capfd):
     assert results["iteration"] == 2 and results["bbox"].keys() >= {"AP", "AP50"}
     assert (out / "model_final.pth").exists() and (out / "config.yaml").exists()
     log = (out / "log.txt").read_text()
-    assert "Distillation is OFF: plain RetinaNet" in log
+    for line in ("Distillation is OFF: plain RetinaNet", "Starting training from iteration 0"):
+        assert log.count(line) == 1
     assert 'MODEL.WEIGHTS is "": the student starts from its random initialisation' in log
 
     assert cli.main(["--config-file", str(config_file), "--resume"]) == 0

@@ -147,10 +147,13 @@ def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Evaluation leaves that file alone: it is the record of the training, and exporting reads it.
     """
-    for name in ("fvcore", "detectron2", "fgd"):
+    names = ["fgd"]
+    if args.eval_only:
+        names += ["fvcore", "detectron2"]
+    else:
+        default_setup(cfg, args)  # makes those two itself
+    for name in names:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-    if not args.eval_only:
-        default_setup(cfg, args)
 
 
 def train(cfg: CfgNode, *, resume: bool = False) -> int:
