@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -245,10 +244,10 @@ def _no_space(folder, settings):
     raise UserError("no space left")
 
 
-def _register_in_process(rank, folder, port, results):
+def _register_in_process(rank, folder, results):
     """The answers of one process: first with a main process that cannot write, then without."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # They meet through a file: a port that was free a moment ago may be taken by another test.
+    dist.init_process_group("gloo", f"file://{folder}/meeting_point", rank=rank, world_size=2)
     cfg, generate = shapes_cfg(Path(folder)), datasets.generate
     datasets.generate = _no_space if rank == 0 else generate
     try:
@@ -261,11 +260,8 @@ def _register_in_process(rank, folder, port, results):
 
 
 def test_processes_agree_on_success_and_on_failure(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_register_in_process, (str(tmp_path), port, queue), nprocs=2)
+    mp.spawn(_register_in_process, (str(tmp_path), queue), nprocs=2)
     first, second = queue.get(), queue.get()
     assert first == second
     failure, (name,) = first
