@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling.backbone import BasicStem
 from torch import nn
 
 from fgd.errors import UserError
@@ -181,6 +182,21 @@ def test_zoo_file_with_short_names_is_matched_like_detectron2_does(tmp_path, mod
     other = make_model()
     assert load_complete(other, save_pickle(tmp_path / "m.pkl", content)).loaded == 8
     assert torch.equal(other.backbone[0].weight, model.backbone[0].weight)
+
+
+def test_caffe2_backbone_is_renamed_like_detectron2_does(tmp_path):
+    """The ImageNet files of the model zoo: short names, affine batch norm without statistics."""
+    generator = np.random.default_rng(0)
+    blobs = {"conv1_w": (8, 3, 7, 7), "res_conv1_bn_s": (8,), "res_conv1_bn_b": (8,)}
+    blobs = {k: generator.normal(size=shape).astype(np.float32) for k, shape in blobs.items()}
+    model = nn.ModuleDict({"stem": BasicStem(3, 8, norm="FrozenBN"), "head": nn.Linear(1, 1)})
+    path = save_pickle(tmp_path / "R-50.pkl", blobs)
+    report = load_complete(model, path, what="student", allow_partial=True)
+    assert report.missing == ["head.bias", "head.weight"] and report.loaded == 5
+    conv = model["stem"].conv1
+    np.testing.assert_array_equal(conv.weight.detach(), blobs["conv1_w"])
+    np.testing.assert_array_equal(conv.norm.weight, blobs["res_conv1_bn_s"])
+    assert conv.norm.running_mean.abs().max() == 0
 
 
 def test_heuristics_can_be_asked_for_in_the_address(tmp_path, model):
