@@ -81,9 +81,8 @@ def export(
     exported = time.perf_counter()
     inventory = take_inventory(detector.student, model)
     if inventory.foreign_names:
-        raise ParityError(
-            f"not the student's: {', '.join(inventory.foreign_names[:3])} in the graph"
-        )
+        names = ", ".join(inventory.foreign_names[:3])
+        raise ParityError(f"the graph holds weights that are not the student's: {names}")
     print(f"{inventory.text()}\nexported in {exported - started:.0f} s, verifying")
     content = model.SerializeToString(deterministic=True)
     spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()

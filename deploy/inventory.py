@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 _PREFIX = "student."  # of the student's tensors, from `ExportableDetector.student`
 _FOLDED_BIAS = "_bias"  # what the exporter appends to a convolution's weight when it folds
-_LARGEST_CONSTANT = 64  # floating-point values; class and level numbers are integers
+_LARGEST_CONSTANT = 64  # floating-point values that differ; numbers of classes are integers
 
 
 @dataclass
@@ -69,8 +69,8 @@ def take_inventory(student: nn.Module, model: onnx.ModelProto) -> Inventory:
             found.biases += values
             continue
         found.constants += values
-        floating = numpy_helper.to_array(tensor).dtype.kind == "f"
-        if floating and values > _LARGEST_CONSTANT:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f" and values > _LARGEST_CONSTANT and np.ptp(array):
             found.foreign_names.append(name)
     return found
 
