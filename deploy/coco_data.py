@@ -85,7 +85,7 @@ def _read_json(path: Path, images: Optional[str]) -> CocoData:
 
 
 def _image_folder(path: Path) -> Path:
-    """"images" beside the JSON or one folder up, else the JSON's own folder."""
+    """The folder "images" beside the JSON or one folder up, else the JSON's own folder."""
     usual = [parent / "images" for parent in (path.parent, path.parent.parent)]
     return next((folder for folder in usual if folder.is_dir()), path.parent)
 
