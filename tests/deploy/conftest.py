@@ -122,7 +122,7 @@ def conditioned(cfg):
 def scale_outputs(model, features, batch):
     if hasattr(model, "head"):
         head, levels = model.head, [features[f] for f in model.head_in_features]
-        targets = [(head.cls_score, -2.0, 2.0), (head.bbox_pred, 0.0, 0.3)]
+        targets = [(head.cls_score, -2.0, 1.0), (head.bbox_pred, 0.0, 0.3)]
         spread(targets, lambda: head(levels))
         return
     rpn, heads = model.proposal_generator, model.roi_heads

@@ -134,8 +134,8 @@ def shifted(made, tmp_path, scale, bias):
 
 
 def test_without_detections_the_threshold_is_lowered_in_both(exported, tmp_path):
-    report = shifted(exported("RetinaNet"), tmp_path, 0.5, -14.0)
-    assert report.passed and report.at_threshold < 20
+    report = shifted(exported("RetinaNet"), tmp_path, 1.0, -14.0)
+    assert report.passed and report.at_threshold == 0
     assert report.tally.thresholds[-1] == 0 and report.tally.matched > 100
 
 
