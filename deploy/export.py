@@ -22,7 +22,8 @@ from deploy.load import Student, load_student
 from deploy.predict import find_images
 from deploy.preprocess import load_image, prepare
 from deploy.spec import ModelSpec
-from deploy.verify import VerifyReport, verify
+from deploy.verify import verify
+from deploy.verify_report import VerifyReport
 
 _EXAMPLES = """examples:
   python deploy/export.py output/model_final.pth

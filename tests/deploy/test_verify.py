@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from deploy.verify import Gate, Tally, decide, verify
+from deploy.verify import verify
 from deploy.verify_images import draw_scene
 from tests.deploy.conftest import ARCHITECTURES, CANVAS
 
@@ -142,32 +142,3 @@ def test_without_detections_the_threshold_is_lowered_in_both(exported, tmp_path)
 def test_an_untrained_model_proves_nothing(exported, tmp_path):
     report = shifted(exported("RetinaNet"), tmp_path, 1e-3, -4.6)
     assert report.verdict == "vacuous" and "Is the model trained?" in report.explanation
-
-
-def gates(box, raw=True):
-    return [
-        Gate("matched", 1.0, ">= 0.995", True),
-        Gate("box error (pixels)", box, "<= 0.01", box <= 0.01),
-        Gate("logits.p3 to float64", 1e-5, "<= 1e-4", raw),
-    ]
-
-
-@pytest.mark.parametrize(
-    "box,raw,verdict",
-    [
-        (0.009, True, "equal"),
-        (0.016, True, "ill-conditioned weights"),  # noise, and float64 exonerates the graph
-        (0.016, False, "the graph differs"),
-        (0.009, False, "the graph differs"),
-        (0.5, True, "the graph differs"),  # no noise is that large
-    ],
-)
-def test_noise_is_told_from_faults(box, raw, verdict):
-    tally = Tally([0.05], expected=100, matched=100, box_error=box, lowest=0.1, highest=0.9)
-    assert decide(tally, gates(box, raw), [])[0] == verdict
-
-
-@pytest.mark.parametrize("matched,excused", [(0, 0), (19, 0), (30, 31)])
-def test_too_few_matches_are_vacuous(matched, excused):
-    tally = Tally([0.0], matched + excused, matched, excused, lowest=0.1, highest=0.9)
-    assert decide(tally, gates(0.0), [])[0] == "vacuous"
