@@ -10,6 +10,7 @@ import numpy as np
 
 MIN_IOU = 0.9  # two boxes above it, with one label, are one detection
 MARGIN = 1e-3  # a decision closer than this to its threshold may fall either way
+_CLIPPED = 0.1  # what clipping may take from an IoU: NMS may have seen the boxes before it
 TIE = 1e-6  # scores closer than this have no order; confident ones saturate at exactly 1
 
 
@@ -79,6 +80,33 @@ def near_decision(row: int, own: Found, other: Found, lines: Decisions) -> bool:
             return True
     tied = (other.labels == label) & (np.abs(other.scores - score) <= TIE)
     return bool((box_iou(box, other.boxes[tied]) > lines.nms_threshold).any())
+
+
+def excuse(
+    matching: Matching, expected: Found, actual: Found, lines: Decisions
+) -> List[Tuple[str, int, bool]]:
+    """Every unmatched detection, best first, and whether rounding may explain it.
+
+    That is so near a decision, and for what an excused one suppresses: where NMS keeps one box
+    instead of another, other boxes disappear and appear beneath it.
+
+    Returns:
+        ("missing", row of expected, excused) and ("extra", row of actual, excused).
+    """
+    unmatched = [("missing", row, expected, actual) for row in matching.missing]
+    unmatched += [("extra", row, actual, expected) for row in matching.extra]
+    unmatched.sort(key=lambda item: -item[2].scores[item[1]])
+    results, causes = [], []
+    for side, row, own, other in unmatched:
+        box, label = own.boxes[row : row + 1], own.labels[row]
+        excused = near_decision(row, own, other, lines) or any(
+            label == cause_label and box_iou(box, cause_box)[0, 0] > lines.nms_threshold - _CLIPPED
+            for cause_box, cause_label in causes
+        )
+        if excused:
+            causes.append((box, label))
+        results.append((side, row, excused))
+    return results
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

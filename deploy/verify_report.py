@@ -5,7 +5,7 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
-from deploy.matching import MARGIN, Decisions, Found, match_detections, near_decision
+from deploy.matching import MARGIN, Decisions, Found, excuse, match_detections
 
 MATCHED, BOX_PIXELS, SCORE = 0.995, 0.01, 1e-4  # gates for float32
 RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's
@@ -48,19 +48,15 @@ class Tally:
             self.box_error = max(self.box_error, box_error)
             score_error = abs(float(expected.scores[i]) - float(actual.scores[j]))
             self.score_error = max(self.score_error, score_error)
-        for side, rows, own, other in (
-            ("missing", matching.missing, expected, actual),
-            ("extra", matching.extra, actual, expected),
-        ):
-            for row in rows:
-                excused = near_decision(row, own, other, lines)
-                self.excused += excused
-                self.unmatched += not excused
-                if len(self.examples) < 5:
-                    self.examples.append(
-                        f"{side}: class {own.labels[row]}, score {own.scores[row]:.4f}, box "
-                        f"{own.boxes[row].round(1).tolist()}{', excused' if excused else ''}"
-                    )
+        for side, row, excused in excuse(matching, expected, actual, lines):
+            own = expected if side == "missing" else actual
+            self.excused += excused
+            self.unmatched += not excused
+            if len(self.examples) < 5:
+                self.examples.append(
+                    f"{side}: class {own.labels[row]}, score {own.scores[row]:.4f}, box "
+                    f"{own.boxes[row].round(1).tolist()}{', excused' if excused else ''}"
+                )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deploy.matching import Decisions, Found, box_iou, match_detections, near_decision
+from deploy.matching import Decisions, Found, box_iou, excuse, match_detections, near_decision
 
 LINES = Decisions(score_threshold=0.05, nms_threshold=0.5, max_detections=4)
 
@@ -66,3 +66,22 @@ def test_equal_scores_have_no_order():
     assert not near_decision(0, own, found((2, 0.9999, 1)), LINES)
     assert not near_decision(0, own, found((2, 1.0, 0)), LINES)  # another class
     assert not near_decision(0, own, found((5, 1.0, 1)), LINES)  # IoU 1/3: both would be kept
+
+
+def test_what_an_excused_box_suppresses_is_excused_too():
+    """0 and 3 tie (IoU 7/13); keeping 0 leaves 7 (IoU 3/17 with it), keeping 3 removes it (3/7)."""
+    expected = found((0, 0.9, 1), (7, 0.8, 1), (60, 0.7, 1))
+    actual = found((3, 0.9, 1))
+    matching = match_detections(expected, actual)
+    assert excuse(matching, expected, actual, LINES) == [
+        ("missing", 0, True),
+        ("extra", 0, True),
+        ("missing", 1, True),
+        ("missing", 2, False),
+    ]
+
+
+def test_without_an_excused_cause_nothing_follows():
+    expected, actual = found((0, 0.9, 1), (3, 0.8, 1)), found((60, 0.7, 1))
+    matching = match_detections(expected, actual)
+    assert [excused for _, _, excused in excuse(matching, expected, actual, LINES)] == [False] * 3
