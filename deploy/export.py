@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import time
+import warnings
 from collections import Counter
 from importlib.metadata import version
 from operator import attrgetter
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import onnx
 
 from deploy.convert import OPSET, to_onnx
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
-from deploy.inventory import Inventory, take_inventory
+from deploy.inventory import take_inventory
 from deploy.load import Student, load_student
 from deploy.predict import find_images
 from deploy.preprocess import load_image, prepare
@@ -77,31 +79,18 @@ def export(
     print(f"config: {student.config_source}")
     for key, (count, size_bytes) in student.dropped.items():
         print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
-    started = time.perf_counter()
-    model = to_onnx(detector, spec)
-    exported = time.perf_counter()
-    inventory = take_inventory(detector.student, model)
-    if inventory.foreign_names:
-        names = ", ".join(inventory.foreign_names[:3])
-        raise ParityError(f"the graph holds weights that are not the student's: {names}")
-    print(f"{inventory.text()}\nexported in {exported - started:.0f} s, verifying")
-    content = model.SerializeToString(deterministic=True)
-    spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
-    temporary = output / f".model.onnx.{os.getpid()}.tmp"
-    try:
-        write_atomically(temporary, content)
-        report = verify(student.model, temporary, spec, pixels)
-        seconds = {"export": exported - started, "verify": time.perf_counter() - exported}
-        details = _describe(checkpoint, student, model, len(content), inventory, seconds)
-        _publish(output, temporary, spec, report, {**details, "verification": report.to_dict()})
-    finally:
-        temporary.unlink(missing_ok=True)
+    model, details = _convert(detector, spec)
+    details = {"checkpoint": str(checkpoint), "config": student.config_source, **details}
+    details["left_out"] = {
+        key: {"tensors": count, "bytes": size_bytes}
+        for key, (count, size_bytes) in student.dropped.items()
+    }
+    report = _verify_and_publish(output, student, spec, model, pixels, details)
     print(report.table())
     if not report.passed:
-        raise ParityError(
-            f"{report.verdict}: {report.explanation}. Kept as {output / 'model.failed.onnx'}"
-        )
-    print(f"written: {output / 'model.onnx'} ({len(content) / 1e6:.1f} MB)")
+        kept = output / "model.failed.onnx"
+        raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
+    print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
     return report
 
 
@@ -167,35 +156,50 @@ def _read_images(folder, spec: ModelSpec) -> List[np.ndarray]:
     return [prepare(load_image(files[i]), spec) for i in chosen]
 
 
-def _describe(checkpoint, student, model, size, inventory: Inventory, seconds) -> Dict:
-    """What report.json says besides the verification."""
-    return {
-        "checkpoint": str(checkpoint),
-        "config": student.config_source,
-        "left_out": {
-            key: {"tensors": count, "bytes": size_bytes}
-            for key, (count, size_bytes) in student.dropped.items()
-        },
-        "values": inventory.to_dict(),
-        "graph": {
-            "bytes": size,
-            "opset": model.opset_import[0].version,
-            "nodes": len(model.graph.node),
-            "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
-        },
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+def _convert(detector: ExportableDetector, spec: ModelSpec) -> Tuple[onnx.ModelProto, Dict]:
+    """The ONNX model, its weights accounted for, and what report.json says about it."""
+    started = time.perf_counter()
+    model = to_onnx(detector, spec)
+    seconds = time.perf_counter() - started
+    inventory = take_inventory(detector.student, model)
+    if inventory.foreign_names:
+        names = ", ".join(inventory.foreign_names[:3])
+        raise ParityError(f"the graph holds weights that are not the student's: {names}")
+    print(f"{inventory.text()}\nexported in {seconds:.0f} s, verifying")
+    operators = Counter(node.op_type for node in model.graph.node)
+    graph = {
+        "opset": model.opset_import[0].version,
+        "nodes": len(model.graph.node),
+        "operators": dict(operators.most_common()),
     }
+    seconds = {"export": round(seconds, 1)}
+    return model, {"values": inventory.to_dict(), "graph": graph, "seconds": seconds}
 
 
-def _publish(output: Path, temporary: Path, spec: ModelSpec, report: VerifyReport, data) -> None:
-    """Give the graph the name it deserves; what an earlier export left goes away."""
-    write_json(output / "report.json", data)
-    for name in _FILES:
-        if name != "report.json":
+def _verify_and_publish(output: Path, student, spec, model, pixels, details) -> VerifyReport:
+    """Write the graph under a temporary name, verify it, give it the name it deserves.
+
+    What an earlier export left goes away. `details` is completed and becomes report.json.
+    """
+    content = model.SerializeToString(deterministic=True)
+    spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
+    temporary = output / f".model.onnx.{os.getpid()}.tmp"
+    try:
+        write_atomically(temporary, content)
+        started = time.perf_counter()
+        report = verify(student.model, temporary, spec, pixels)
+        details["seconds"]["verify"] = round(time.perf_counter() - started, 1)
+        details["graph"]["bytes"] = len(content)
+        details["verification"] = report.to_dict()
+        write_json(output / "report.json", details)
+        for name in ("model.onnx", "model.json", "model.failed.onnx"):
             (output / name).unlink(missing_ok=True)
-    if report.passed:
-        spec.to_json(output / "model.json")
-    os.replace(temporary, output / ("model.onnx" if report.passed else "model.failed.onnx"))
+        if report.passed:
+            spec.to_json(output / "model.json")
+        os.replace(temporary, output / ("model.onnx" if report.passed else "model.failed.onnx"))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,6 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     export(
         args.checkpoint,
         args.output,

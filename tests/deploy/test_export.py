@@ -1,6 +1,8 @@
 import copy
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +199,9 @@ def test_bad_options_end_with_one_line(options, message, checkpoint, capsys):
     assert not checkpoint.with_name("student_onnx").exists()
 
 
-def test_a_missing_checkpoint_ends_with_one_line(tmp_path, capsys):
-    assert main([str(tmp_path / "nothing.pth")]) == 2
-    assert "no such checkpoint" in capsys.readouterr().err
+def test_the_script_itself_ends_with_one_line(tmp_path):
+    """As typed, from another folder."""
+    command = [sys.executable, ROOT / "deploy" / "export.py", "nothing.pth"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: nothing.pth: no such checkpoint\n"
