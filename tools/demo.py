@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from deploy.coco_data import CocoData, load_dataset
@@ -24,8 +25,10 @@ from deploy.eager import EagerDetector
 from deploy.preprocess import load_image
 from deploy.runtime import OrtDetector
 from fgd.config import load_config
+from fgd.data.datasets import register_from_config
 from fgd.distiller import Distiller
 from fgd.visualize import attention_figure, level_maps, loss_figure
+from fgd.weights import load_complete
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {  # arm of fgd.study -> name in the table
@@ -54,7 +57,7 @@ def train(output: Path, config: str, teacher: str, seed: int) -> None:
     )
 
 
-def deploy(folder: Path, test_json: Path) -> Dict[str, dict]:
+def export_and_measure(folder: Path, test_json: Path) -> Dict[str, dict]:
     """Export, evaluate and time the checkpoint of one run; what the commands reported."""
     checkpoint, exported = folder / "model_final.pth", folder / "model_final_onnx"
     command("python", "deploy/export.py", checkpoint, "--force")
@@ -102,7 +105,8 @@ def draw_comparison(output: Path, seed: int, data: CocoData, count: int = 4) -> 
     )
     names = {c["id"]: c["name"] for c in data.truth["categories"]}
     classes = list(names.values())
-    figure, axes = plt.subplots(count, 3, figsize=(9, 3.1 * count), layout="constrained")
+    figure = Figure(figsize=(9, 3.1 * count), layout="constrained")
+    axes = figure.subplots(count, 3)
     for line, record in zip(axes, data.images[:: max(1, len(data.images) // count)]):
         image = load_image(record["file"])
         truth = [a for a in data.truth["annotations"] if a["image_id"] == record["id"]]
@@ -130,11 +134,6 @@ def above(boxes, scores, labels, threshold: float = 0.4) -> tuple:
 
 def draw_attention(output: Path, seed: int) -> Path:
     """Masks and attention of teacher and distilled student on one training image."""
-    from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-
-    from fgd.data.datasets import register_from_config
-    from fgd.weights import load_complete
-
     folder = run_folder(output, "inherit+distil", seed)
     cfg = register_from_config(load_config(str(folder / "config.yaml")))
     torch.manual_seed(0)
@@ -174,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train(output, args.config_file, args.teacher, seed)
     (test_json,) = (output / "shapes").glob("test-*/annotations.json")
     deployed = {
-        arm: deploy(run_folder(output, arm, seed), test_json)
+        arm: export_and_measure(run_folder(output, arm, seed), test_json)
         for arm in ("teacher", "inherit+distil")
     }
     data = load_dataset(str(test_json))
