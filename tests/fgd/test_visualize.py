@@ -46,10 +46,12 @@ def test_arrays_are_those_of_the_loss(tiny_cfg, make_batch):
 
 def test_loss_figure_and_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "metrics.json"
-    lines = [{"iteration": i, "loss_a": 2.0 / (i + 1), "loss_b": 1.0, "lr": 0.1} for i in range(3)]
+    losses = {f"loss_{x}": 1.0 for x in "bcd"}
+    lines = [{"iteration": i, "loss_a": 2.0 / (i + 1), **losses, "lr": 0.1} for i in range(3)]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"iteration": 3, "lo')
     assert read_metrics(path) == lines
     figure = loss_figure({"one": path, "two": path})
-    assert sorted(axis.get_title() for axis in figure.axes) == ["loss_a", "loss_b"]
+    titles = sorted(axis.get_title() for axis in figure.axes)
+    assert titles == ["loss_a", "loss_b", "loss_c", "loss_d"]  # two rows of three, no empty axis
     assert list(figure.axes[0].lines[0].get_ydata()) == [2.0, 1.0, 2 / 3]
-    assert len(figure.axes[0].lines) == 2
+    assert [line.get_color() for line in figure.axes[0].lines] == ["C0", "C1"]

@@ -106,13 +106,14 @@ def loss_figure(runs: Mapping[str, Path], prefixes: Sequence[str] = ("loss_",)) 
     columns = min(3, max(1, len(curves)))
     rows = max(1, -(-len(curves) // columns))
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    colours = {label: f"C{i}" for i, label in enumerate(runs)}
     for axis, (name, by_run) in zip(axes, sorted(curves.items())):
         for label, points in by_run.items():
-            axis.plot(*zip(*points), label=label, linewidth=1)
+            axis.plot(*zip(*points), label=label, color=colours[label], linewidth=1)
         axis.set_title(name, fontsize=9)
         axis.set_yscale("log")
         axis.legend(fontsize=7)
-    for axis in list(axes)[len(curves) :]:
+    for axis in axes[len(curves) :]:
         axis.remove()
     return figure
