@@ -48,7 +48,7 @@ def test_json_files_become_datasets_by_config_keys_alone(tmp_path):
     cfg.freeze()
     registered = register_from_config(cfg)
     (name,) = registered.DATASETS.TRAIN
-    assert cfg.DATASETS.TRAIN == () and registered.is_frozen()
+    assert cfg.DATASETS.TRAIN == ("shapes_train",) and registered.is_frozen()
     assert name.startswith("labels_")
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["ant", "zebra"]
@@ -221,7 +221,7 @@ def test_shapes_settings_that_cannot_be_are_refused_before_writing(tmp_path):
 def test_a_single_split_leaves_the_other_alone(tmp_path):
     cfg = json_cfg(tmp_path, TRAIN=str(tmp_path / "gone.json"))
     registered = register_from_config(cfg, splits=("TEST",))
-    assert registered.DATASETS.TRAIN == () and len(registered.DATASETS.TEST) == 1
+    assert registered.DATASETS.TRAIN == cfg.DATASETS.TRAIN and len(registered.DATASETS.TEST) == 1
 
 
 def test_test_dataset_takes_a_name_or_a_path(tmp_path):

@@ -28,7 +28,12 @@ _SHAPES_NAME = re.compile(r"shapes_(train|test)(_[0-9a-f]{8})?")
 
 
 def add_data_config(cfg: CfgNode) -> None:
-    """Add DATASETS.JSON and DATASETS.SHAPES; `register_from_config` acts on them."""
+    """Add DATASETS.JSON and DATASETS.SHAPES; `register_from_config` acts on them.
+
+    A config that names no data gets the generated shapes.
+    """
+    cfg.DATASETS.TRAIN = tuple(cfg.DATASETS.TRAIN) or ("shapes_train",)
+    cfg.DATASETS.TEST = tuple(cfg.DATASETS.TEST) or ("shapes_test",)
     node = cfg.DATASETS.JSON = type(cfg)()
     # COCO-format files. When set they become DATASETS.TRAIN / DATASETS.TEST. "" = unused.
     node.TRAIN = ""
