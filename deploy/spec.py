@@ -72,9 +72,38 @@ class ModelSpec:
                 f"model spec: canvas {self.height}x{self.width} contradicts dynamic={self.dynamic}"
             )
 
+    def contract(self) -> Dict[str, Any]:
+        """The class docstring as data: tensors by name with dtype, shape and meaning, and resizing.
+
+        "batch", "height" and "width" in a shape may vary; numbers are fixed.
+        """
+        batch = 1 if self.dynamic == "none" else "batch"
+        canvas = [self.height or "height", self.width or "width"]
+        k = self.max_detections
+
+        def tensor(dtype: str, shape: List, meaning: str) -> Dict[str, Any]:
+            return {"dtype": dtype, "shape": [batch, *shape], "meaning": meaning}
+
+        pixels = f"pixels 0..255, channels {self.input_format}, image at the top left of the canvas"
+        resize = f"PIL bilinear, shortest side {self.min_size}, longest at most {self.max_size}"
+        return {
+            "inputs": {
+                "images": tensor(self.input_dtype, [3, *canvas], pixels),
+                "image_sizes": tensor("int32", [2], "true height and width inside the canvas"),
+            },
+            "outputs": {
+                "num_dets": tensor("int32", [1], "valid rows; the others are 0, label -1"),
+                "boxes": tensor("float32", [k, 4], "x1, y1, x2, y2 in pixels of the canvas"),
+                "scores": tensor("float32", [k], "descending"),
+                "labels": tensor("int32", [k], "index into classes"),
+            },
+            "resize": resize if self.min_size else "none",
+        }
+
     def to_json(self, path) -> None:
-        """Write the spec as indented JSON with sorted keys."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False)
+        """Write the spec, and for readers its `contract`, as indented JSON with sorted keys."""
+        values = {**asdict(self), "contract": self.contract()}
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -84,6 +113,8 @@ class ModelSpec:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read model spec {path}: {error}") from error
+        if isinstance(values, dict):
+            values.pop("contract", None)  # follows from the rest
         return cls._from_dict(values, where=str(path))
 
     def to_metadata(self) -> Dict[str, str]:

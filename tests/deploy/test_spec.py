@@ -37,6 +37,15 @@ def test_json_round_trip(tmp_path):
     assert ModelSpec.from_json(tmp_path / "model.json") == spec
 
 
+def test_the_json_tells_readers_the_contract(tmp_path):
+    _spec(height=None, width=None, dynamic="image").to_json(tmp_path / "model.json")
+    contract = json.loads((tmp_path / "model.json").read_text())["contract"]
+    assert contract["inputs"]["images"]["shape"] == ["batch", 3, "height", "width"]
+    assert contract["resize"] == "PIL bilinear, shortest side 96, longest at most 128"
+    assert _spec(min_size=0).contract()["resize"] == "none"
+    assert _spec(dynamic="none").contract()["outputs"]["boxes"]["shape"] == [1, 100, 4]
+
+
 @pytest.mark.parametrize("canvas", [(96, 128, "batch"), (None, None, "image")])
 def test_metadata_round_trip_without_the_graph_hash(canvas):
     spec = _spec(height=canvas[0], width=canvas[1], dynamic=canvas[2])
