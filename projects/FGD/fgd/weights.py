@@ -181,14 +181,12 @@ def load_complete(
     path: str,
     *,
     what: str = "teacher",
-    prefix_filter: Optional[str] = None,
     allow_partial: bool = False,
 ) -> LoadReport:
     """Load a weight file into ``model``, with Detectron2's own matching of names.
 
     Args:
         what: whose weights these are, for messages.
-        prefix_filter: judge only the names of the model that start with this.
         allow_partial: accept missing and mismatched names, as long as anything was loaded.
     Raises:
         UserError: anything is missing or has another shape (unless allowed), nothing was loaded,
@@ -199,7 +197,7 @@ def load_complete(
         incompatible = DetectionCheckpointer(model)._load_model(checkpoint)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{what} weights {path}: {' '.join(str(error).split())}") from None
-    report = _report(model, incompatible, prefix_filter or "")
+    report = _report(model, incompatible)
     report.iteration = checkpoint.get("iteration")
     incomplete = report.missing or report.mismatched
     if report.nonfinite or not report.loaded or (incomplete and not allow_partial):
@@ -210,13 +208,13 @@ def load_complete(
     return report
 
 
-def _report(model: nn.Module, incompatible, prefix: str) -> LoadReport:
+def _report(model: nn.Module, incompatible) -> LoadReport:
     # Not the counter of batch norm: it has no effect unless momentum is None, converted files lack
     # it, and PyTorch sets it by itself in files that state no version.
     state = {
         name: value
         for name, value in model.state_dict().items()
-        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+        if not name.endswith("num_batches_tracked")
     }
     shapes = {
         name: f"{name} {tuple(in_file)} in the file, {tuple(in_model)} in the model"
