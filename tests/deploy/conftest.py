@@ -13,11 +13,13 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from deploy.export import main
 from deploy.graphs import exportable
 from deploy.matching import Found, match_detections
+from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
 from deploy.verify_images import draw_scene
 from tests.conftest import make_tiny_cfg
 
 CANVAS = (96, 128)
+SIZES = [CANVAS, (96, 70), (50, 128)]  # of a ragged batch
 CLASSES = ["disc", "box", "star"]
 ARCHITECTURES = ("RetinaNet", "GeneralizedRCNN")
 
@@ -238,3 +240,10 @@ def agnostic_rcnn(export_tiny):
 def toy_detector():
     """Exportable RetinaNet over `ToyBody`, not exported."""
     return exportable(conditioned(toy_cfg("RetinaNet")))
+
+
+def ort_outputs(path, images, sizes):
+    """The four outputs of the file for images (B, 3, H, W) and their true sizes."""
+    detector = OrtDetector(path)
+    images = images.numpy().astype(detector.spec.input_dtype)
+    return list(detector.run(images, np.array(sizes, np.int32)).values())

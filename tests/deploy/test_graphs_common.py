@@ -8,7 +8,16 @@ from torch import nn
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.common import anchors_at, clip, decode, dense, finish, nonempty, require
-from tests.deploy.conftest import toy_cfg
+from tests.deploy.conftest import (
+    ARCHITECTURES,
+    CANVAS,
+    SIZES,
+    assert_equal_detections,
+    detectron2_outputs,
+    ort_outputs,
+    scenes,
+    toy_cfg,
+)
 
 NAN = float("nan")
 
@@ -99,3 +108,23 @@ def test_require_refuses_subclasses():
     require(nn.Conv2d(1, 1, 1), nn.Conv2d, "x")
     with pytest.raises(UserError, match="MODEL.X: Special cannot be exported, only Conv2d can"):
         require(Special(1, 1, 1), nn.Conv2d, "MODEL.X")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnx_equals_detectron2(arch, batch, exported):
+    """RetinaNet: p3-p7 over mobilenetv3; p7 has one cell, fewer than K candidates."""
+    made, images = exported(arch), scenes(3, seed=4)
+    for start in range(0, 3, batch):
+        part, sizes = images[start : start + batch], SIZES[start : start + batch]
+        expected = detectron2_outputs(made.model, part, sizes)
+        assert_equal_detections(ort_outputs(made.path, part, sizes), expected)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_onnx_nan_image_gives_no_detection_and_leaves_its_neighbour_alone(arch, exported):
+    images = torch.stack([torch.full((3, *CANVAS), NAN), scenes(1)[0]])
+    outputs = ort_outputs(exported(arch).path, images, [CANVAS] * 2)
+    assert [x.shape for x in outputs] == [(2, 1), (2, 100, 4), (2, 100), (2, 100)]
+    assert outputs[0][0] == 0 and outputs[0][1] > 5
+    assert not outputs[1][0].any() and (outputs[3][0] == -1).all()

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -6,21 +5,16 @@ from detectron2.structures import Boxes
 
 from deploy.errors import UserError
 from deploy.graphs import exportable, rcnn
-from deploy.runtime import OrtDetector
 from tests.deploy.conftest import (
     CANVAS,
+    SIZES,
     assert_equal_detections,
     conditioned,
     detectron2_outputs,
+    ort_outputs,
     scenes,
     toy_cfg,
 )
-
-SIZES = [(96, 128), (96, 70), (50, 128)]
-
-
-def ort_outputs(path, images, sizes):
-    return list(OrtDetector(path).run(images.numpy(), np.array(sizes, np.int32)).values())
 
 
 def make_cfg(agnostic=False):
@@ -106,23 +100,6 @@ def test_other_heads_are_refused_by_name(change, message):
     change(cfg)
     with pytest.raises(UserError, match=message):
         exportable(build_model(cfg))
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_onnx_equals_detectron2(batch, exported):
-    made, images = exported("GeneralizedRCNN"), scenes(3, seed=4)
-    for start in range(0, 3, batch):
-        part, sizes = images[start : start + batch], SIZES[start : start + batch]
-        expected = detectron2_outputs(made.model, part, sizes)
-        assert_equal_detections(ort_outputs(made.path, part, sizes), expected)
-
-
-def test_onnx_nan_image_gives_no_detection_and_leaves_its_neighbour_alone(exported):
-    made = exported("GeneralizedRCNN")
-    images = torch.stack([torch.full((3, *CANVAS), float("nan")), scenes(1)[0]])
-    outputs = ort_outputs(made.path, images, [CANVAS] * 2)
-    assert [x.shape for x in outputs] == [(2, 1), (2, 100, 4), (2, 100), (2, 100)]
-    assert outputs[0][0] == 0 and outputs[0][1] > 5 and (outputs[3][0] == -1).all()
 
 
 def test_onnx_dynamic_image_class_agnostic(agnostic_rcnn):

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from detectron2.layers import CycleBatchNormList
@@ -6,23 +5,16 @@ from detectron2.layers import CycleBatchNormList
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.retinanet import LevelBatchNorm
-from deploy.runtime import OrtDetector
 from tests.deploy.conftest import (
     CANVAS,
+    SIZES,
     assert_equal_detections,
     conditioned,
     detectron2_outputs,
+    ort_outputs,
     scenes,
     toy_cfg,
 )
-
-SIZES = [(96, 128), (96, 70), (50, 128)]
-
-
-def ort_outputs(path, images, sizes):
-    detector = OrtDetector(path)
-    images = images.numpy().astype(detector.spec.input_dtype)
-    return list(detector.run(images, np.array(sizes, np.int32)).values())
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])
@@ -61,25 +53,6 @@ def test_other_heads_are_refused():
     model.head = torch.nn.Identity()
     with pytest.raises(UserError, match="the RetinaNet head: Identity"):
         exportable(model)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_onnx_equals_detectron2(batch, exported):
-    """p3-p7 over mobilenetv3; p7 has one cell, fewer than K candidates."""
-    made, images = exported("RetinaNet"), scenes(3, seed=4)
-    for start in range(0, 3, batch):
-        part, sizes = images[start : start + batch], SIZES[start : start + batch]
-        expected = detectron2_outputs(made.model, part, sizes)
-        assert_equal_detections(ort_outputs(made.path, part, sizes), expected)
-
-
-def test_onnx_nan_and_blank_images_give_fixed_shapes(exported):
-    made = exported("RetinaNet")
-    images = torch.stack([torch.full((3, *CANVAS), float("nan")), scenes(1)[0]])
-    outputs = ort_outputs(made.path, images, [CANVAS] * 2)
-    assert [x.shape for x in outputs] == [(2, 1), (2, 100, 4), (2, 100), (2, 100)]
-    assert outputs[0][0] == 0 and outputs[0][1] > 5
-    assert not outputs[1][0].any() and (outputs[3][0] == -1).all()
 
 
 def test_onnx_dynamic_image_uint8_with_batch_norm_per_level(dynamic_retinanet):
