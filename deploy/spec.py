@@ -3,15 +3,16 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from deploy.errors import UserError
 
 FORMAT = "fgd-onnx-1"
 INPUT_NAMES = ("images", "image_sizes")
 OUTPUT_NAMES = ("num_dets", "boxes", "scores", "labels")
+MASKS = "masks"  # the fifth output of instance segmentation
 _CHOICES = {
-    "task": ("detection",),
+    "task": ("detection", "instance_segmentation"),
     "input_format": ("BGR", "RGB"),
     "input_dtype": ("float32", "uint8"),
     "dynamic": ("none", "batch", "image"),
@@ -31,6 +32,8 @@ class ModelSpec:
     Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
              true size; scores (B, K) float32 descending; labels (B, K) int32 indexing `classes`.
              K = `max_detections`. Rows past num_dets: boxes and scores 0, label -1.
+             Task "instance_segmentation" only: masks (B, K, M, M) float32, M = `mask_size`, the
+             probability of the detection's class on a grid that spans its box; 0 past num_dets.
 
     Raises:
         UserError: a field has a value that no exporter of ours writes.
@@ -53,6 +56,7 @@ class ModelSpec:
     std: List[float]
     opset: int
     task: str = "detection"
+    mask_size: int = 0  # M of the masks; 0 without
     hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256
     versions: Dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
@@ -65,12 +69,19 @@ class ModelSpec:
                 raise UserError(f"model spec: {name} is {getattr(self, name)!r}, not in {allowed}")
         if not self.classes:
             raise UserError("model spec: no class names")
+        if (self.mask_size > 0) != (self.task == "instance_segmentation"):
+            raise UserError(f"model spec: mask_size {self.mask_size} contradicts task {self.task}")
         if (self.height is None) != (self.dynamic == "image") or (
             (self.width is None) != (self.height is None)
         ):
             raise UserError(
                 f"model spec: canvas {self.height}x{self.width} contradicts dynamic={self.dynamic}"
             )
+
+    @property
+    def output_names(self) -> Tuple[str, ...]:
+        """Names of the graph's outputs, in order."""
+        return (*OUTPUT_NAMES, MASKS) if self.mask_size else OUTPUT_NAMES
 
     def contract(self) -> Dict[str, Any]:
         """The class docstring as data: tensors by name with dtype, shape and meaning, and resizing.
@@ -85,18 +96,22 @@ class ModelSpec:
             return {"dtype": dtype, "shape": [batch, *shape], "meaning": meaning}
 
         pixels = f"pixels 0..255, channels {self.input_format}, image at the top left of the canvas"
+        outputs = {
+            "num_dets": tensor("int32", [1], "valid rows; the others are 0, label -1"),
+            "boxes": tensor("float32", [k, 4], "x1, y1, x2, y2 in pixels of the canvas"),
+            "scores": tensor("float32", [k], "descending"),
+            "labels": tensor("int32", [k], "index into classes"),
+        }
+        if self.mask_size:
+            shape = [k, self.mask_size, self.mask_size]
+            outputs[MASKS] = tensor("float32", shape, "probability of the class, over the box")
         resize = f"PIL bilinear, shortest side {self.min_size}, longest at most {self.max_size}"
         return {
             "inputs": {
                 "images": tensor(self.input_dtype, [3, *canvas], pixels),
                 "image_sizes": tensor("int32", [2], "true height and width inside the canvas"),
             },
-            "outputs": {
-                "num_dets": tensor("int32", [1], "valid rows; the others are 0, label -1"),
-                "boxes": tensor("float32", [k, 4], "x1, y1, x2, y2 in pixels of the canvas"),
-                "scores": tensor("float32", [k], "descending"),
-                "labels": tensor("int32", [k], "index into classes"),
-            },
+            "outputs": outputs,
             "resize": resize if self.min_size else "none",
         }
 

@@ -46,6 +46,14 @@ def test_the_json_tells_readers_the_contract(tmp_path):
     assert _spec(dynamic="none").contract()["outputs"]["boxes"]["shape"] == [1, 100, 4]
 
 
+def test_masks_are_a_fifth_output():
+    spec = _spec(task="instance_segmentation", mask_size=28)
+    assert spec.output_names == (*_spec().output_names, "masks")
+    masks = spec.contract()["outputs"]["masks"]
+    assert (masks["dtype"], masks["shape"]) == ("float32", ["batch", 100, 28, 28])
+    assert "masks" not in _spec().contract()["outputs"]
+
+
 @pytest.mark.parametrize("canvas", [(96, 128, "batch"), (None, None, "image")])
 def test_metadata_round_trip_without_the_graph_hash(canvas):
     spec = _spec(height=canvas[0], width=canvas[1], dynamic=canvas[2])
@@ -65,6 +73,8 @@ def test_metadata_round_trip_without_the_graph_hash(canvas):
         {"height": None},
         {"dynamic": "image"},
         {"format": "fgd-onnx-0"},
+        {"mask_size": 28},
+        {"task": "instance_segmentation"},
     ],
     ids=str,
 )
