@@ -81,6 +81,7 @@ def test_add_fgd_config_works_on_a_stock_config():
         ("FGD.ATTENTION_WEIGHT", float("nan"), "ATTENTION_WEIGHT"),
         ("FGD.MASK_REFERENCE", "both", "neither"),
         ("TEACHER.WEIGHTS", "", "WEIGHTS is empty"),
+        ("TEACHER.PRECISION", "half", "'half' is not one of float32, bfloat16, float16"),
     ],
 )
 def test_check_config_names_the_key(key, value, message):
@@ -91,3 +92,17 @@ def test_check_config_names_the_key(key, value, message):
     cfg.merge_from_list([f"MODEL.DISTILLER.{key}", value])
     with pytest.raises(UserError, match=message):
         check_config(cfg)
+
+
+def test_a_float16_teacher_needs_cuda():
+    cfg = get_fgd_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "teacher.pth"
+    cfg.MODEL.DISTILLER.TEACHER.PRECISION = "float16"
+    cfg.MODEL.DEVICE = "cuda:1"
+    check_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(UserError, match="PRECISION: 'float16' needs CUDA.*'cpu'.*bfloat16"):
+        check_config(cfg)
+    cfg.MODEL.DISTILLER.TEACHER.PRECISION = "bfloat16"
+    check_config(cfg)

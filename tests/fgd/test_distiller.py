@@ -155,6 +155,24 @@ def test_other_families_share_the_levels_they_have(distiller_cfg, make_batch):
     assert "teacher GeneralizedRCNN" in model.describe()
 
 
+def test_teacher_options_reach_the_teacher_and_the_terms_stay_close(distiller_cfg, make_batch):
+    cfg = distiller_cfg()
+    exact = train_step(build(cfg), make_batch())
+    cfg.MODEL.DISTILLER.TEACHER.update(PRECISION="bfloat16", CHANNELS_LAST=True)
+    model = build(cfg)
+    assert model.teacher.layout == torch.channels_last
+    assert "in bfloat16" in model.describe()
+    rough = train_step(model, make_batch())
+    for name, value in exact.items():
+        if name.startswith("loss_fgd_"):
+            assert rough[name].dtype == torch.float32 and rough[name] != value
+            # An untrained teacher's attention hangs on few cells, so rounding shows more.
+            assert rough[name].item() == pytest.approx(value.item(), rel=0.2)
+        else:
+            assert rough[name] == value  # the student's own losses do not notice
+    sum(rough.values()).backward()
+
+
 def test_padding_that_the_teacher_cannot_take_is_refused(distiller_cfg, tiny_cfg):
     cfg = distiller_cfg("RetinaNet")  # the teacher needs multiples of 32
     cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.TIMM.TOP_BLOCK = ["res3", "res4"], "none"

@@ -82,6 +82,38 @@ def test_frozen_and_equal_to_the_detectors_own_features(tiny_cfg, make_batch):
     torch.testing.assert_close(again["p3"], wanted["p3"], rtol=0, atol=0)
 
 
+def relative_error(actual, wanted):
+    return ((actual.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def test_precision_and_layout_are_the_config_keys_alone(teacher_file, make_batch):
+    batch, size = make_batch(), (96, 96)
+
+    def features(*options, autocast=None):
+        model, _ = build_teacher(teacher_file)
+        teacher = FrozenTeacher(model, "BGR", "BGR", *options)
+        inputs = []
+        teacher.backbone.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            maps = teacher.features(batch, size)
+        assert inputs[0].dtype == torch.float32  # normalised before autocast
+        last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+        assert last == (len(options) == 2 and options[1])
+        assert all(value.is_contiguous() for value in maps.values())
+        assert all(buffer.dtype == torch.float32 for buffer in teacher.backbone.parameters())
+        return maps
+
+    exact = features()
+    for name, value in features(autocast=torch.bfloat16).items():  # a trainer's autocast
+        assert value.dtype == torch.float32 and torch.equal(value, exact[name])
+    for name, value in features("float32", True).items():
+        assert value.dtype == torch.float32 and relative_error(value, exact[name]) < 1e-5
+    for options in (("bfloat16", False), ("bfloat16", True)):
+        for name, value in features(*options).items():
+            assert value.dtype == torch.bfloat16
+            assert 1e-5 < relative_error(value, exact[name]) < 0.05
+
+
 def test_refuses_a_format_that_is_not_a_permutation(tiny_cfg):
     model = build_model(tiny_cfg())
     with pytest.raises(UserError, match="'L'.*'BGR'"):

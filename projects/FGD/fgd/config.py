@@ -16,6 +16,7 @@ from .solver import add_solver_config
 from .yaml_config import SafeCfgNode, parse_yaml
 
 META_ARCHITECTURE = "Distiller"
+PRECISIONS = ("float32", "bfloat16", "float16")  # of the teacher's forward
 
 
 def add_fgd_config(cfg: CfgNode) -> None:
@@ -48,6 +49,13 @@ def _distiller_node(Node) -> CfgNode:
     # Go on although teacher weights are missing or do not fit. A teacher with random parts
     # teaches noise, so this is for deliberate experiments only.
     distiller.TEACHER.ALLOW_PARTIAL_WEIGHTS = False
+    # What the teacher's forward computes in: "float32", or autocast to "bfloat16" or "float16"
+    # (CUDA only). Only this key decides: SOLVER.AMP is the student's and does not reach the
+    # teacher. Half precision changes the features that are taught a little; how much each FGD
+    # term changes, and what is saved, `python -m fgd.bench step` measures.
+    distiller.TEACHER.PRECISION = "float32"
+    # Compute in channels-last memory order: the same features up to rounding, faster on some GPUs.
+    distiller.TEACHER.CHANNELS_LAST = False
 
     distiller.FGD = Node()
     # The four weights of one level's terms, no unit. Sums over cells and channels divided by the
@@ -148,6 +156,7 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.DISTILLER.TEACHER.WEIGHTS is empty: an untrained teacher teaches noise; name "
             "the teacher's checkpoint"
         )
+    _check_precision(node.TEACHER.PRECISION, cfg.MODEL.DEVICE)
     if node.FGD.MASK_REFERENCE not in ("padded", "image"):
         raise UserError(
             f"MODEL.DISTILLER.FGD.MASK_REFERENCE: {node.FGD.MASK_REFERENCE!r} is neither "
@@ -158,3 +167,11 @@ def check_config(cfg: CfgNode) -> None:
     for key, value in node.FGD.items():
         if key.endswith("_WEIGHT") and not 0 <= value < float("inf"):
             raise UserError(f"MODEL.DISTILLER.FGD.{key}: {value} is not a finite weight >= 0")
+
+
+def _check_precision(precision: str, device: str) -> None:
+    key = f"MODEL.DISTILLER.TEACHER.PRECISION: {precision!r}"
+    if precision not in PRECISIONS:
+        raise UserError(f"{key} is not one of {', '.join(PRECISIONS)}")
+    if precision == "float16" and not device.startswith("cuda"):
+        raise UserError(f"{key} needs CUDA, but MODEL.DEVICE is {device!r}; use 'bfloat16' there")

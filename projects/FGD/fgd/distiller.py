@@ -61,7 +61,9 @@ class Distiller(nn.Module):
             model, teacher_cfg = build_teacher(cfg)
             distillation = _build_method(cfg, student.backbone, model.backbone)
         inheritable = neck_and_head(model) if cfg.MODEL.DISTILLER.INHERIT else None
-        teacher = FrozenTeacher(model, teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT)
+        node = cfg.MODEL.DISTILLER.TEACHER
+        formats = teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT
+        teacher = FrozenTeacher(model, *formats, node.PRECISION, node.CHANNELS_LAST)
         return {
             "student": student,
             "teacher": teacher if distillation is not None else None,
@@ -119,7 +121,10 @@ def _build_method(cfg: CfgNode, student: Backbone, teacher: Backbone) -> Optiona
 
 def _summary(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
     node = cfg.MODEL.DISTILLER
-    teacher = f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS}"
+    teacher = (
+        f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS} in "
+        f"{node.TEACHER.PRECISION}"
+    )
     if not node.METHOD:
         return f"Distillation is OFF: student {node.STUDENT} only inherits from {teacher}"
     settings = ", ".join(f"{k.lower()} {v}" for k, v in node.get(node.METHOD, {}).items())

@@ -60,15 +60,26 @@ class FrozenTeacher:
         model: the teacher's detector; only ``backbone``, ``pixel_mean`` and ``pixel_std`` are kept.
         input_format: channel order that it expects, "BGR" or "RGB".
         batch_format: channel order of the images that it will be given, the student's.
+        precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.
+        channels_last: compute in that memory order.
     """
 
-    def __init__(self, model: nn.Module, input_format: str, batch_format: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        input_format: str,
+        batch_format: str,
+        precision: str = "float32",
+        channels_last: bool = False,
+    ):
         if sorted(input_format) != sorted(batch_format):
             raise UserError(
                 f"teacher INPUT.FORMAT {input_format!r} cannot be made from the student's "
                 f"{batch_format!r}"
             )
-        self.backbone = model.backbone.eval().requires_grad_(False)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = model.backbone.eval().requires_grad_(False).to(memory_format=self.layout)
+        self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
         self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
         self.flip_channels = input_format != batch_format
 
@@ -80,9 +91,16 @@ class FrozenTeacher:
 
         Images are padded with zeros after normalising, as Detectron2 does, to the student's
         padded (height, width), so that both pyramids lie on the same grid.
+
+        The maps have the dtype that the precision gives, and are contiguous whatever the layout
+        inside: what reads them beside the student's need not know it. An autocast around the call,
+        such as the trainer's, has no effect.
         """
-        images = [self._normalize(x["image"], padded_size) for x in batched_inputs]
-        return self.backbone(torch.stack(images))
+        images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
+        dtype = self.autocast_dtype
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+            features = self.backbone(images.contiguous(memory_format=self.layout))
+        return {name: feature.contiguous() for name, feature in features.items()}
 
     def _normalize(self, image: Tensor, padded_size: Tuple[int, int]) -> Tensor:
         image = image.to(self.pixel_mean.device)
