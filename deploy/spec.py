@@ -16,6 +16,7 @@ _CHOICES = {
     "input_format": ("BGR", "RGB"),
     "input_dtype": ("float32", "uint8"),
     "dynamic": ("none", "batch", "image"),
+    "precision": ("fp32", "fp16", "int8"),
 }
 
 
@@ -57,6 +58,7 @@ class ModelSpec:
     opset: int
     task: str = "detection"
     mask_size: int = 0  # M of the masks; 0 without
+    precision: str = "fp32"  # "fp32" | "fp16" | "int8": what the network's weights are stored in
     hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256
     versions: Dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
