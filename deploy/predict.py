@@ -11,11 +11,12 @@ from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
+from deploy.detector import Detections
 from deploy.draw import draw_detections
 from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.preprocess import SUFFIXES, load_image
-from deploy.runtime import Detections, OrtDetector
+from deploy.runtime import OrtDetector
 
 _EXAMPLES = """examples:
   python deploy/predict.py model_final_onnx/model.onnx photos/ --output found

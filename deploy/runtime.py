@@ -1,16 +1,16 @@
 """OrtDetector: image files in, detections out. numpy, Pillow and onnxruntime; no torch needed."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence
 
 import numpy as np
 import onnxruntime as ort
 
+from deploy.detector import Detector
 from deploy.errors import UserError
-from deploy.preprocess import ImageSource, load_image, make_batch, prepare, resized_shape
-from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
+from deploy.preprocess import MAX_PIXELS
+from deploy.spec import INPUT_NAMES, ModelSpec
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -18,28 +18,10 @@ _PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _FATAL = 4  # ONNX Runtime's log level: what goes wrong reaches the user once, as our error
-_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)": "int32"}
 
 
-@dataclass
-class Detections:
-    """What was found in one image; R may be 0.
-
-    boxes (R, 4) float32 xyxy in pixels of the original image, inside it, none of them empty;
-    scores (R,) float32 in [0, 1], descending; labels (R,) int64 indexing the spec's `classes`;
-    size (height, width) of the original image; input_size (height, width) the network saw;
-    shrunk: a fixed canvas made that smaller than Detectron2 would have (expect lower accuracy).
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    size: Tuple[int, int]
-    input_size: Tuple[int, int]
-    shrunk: bool = False
-
-
-class OrtDetector:
+class OrtDetector(Detector):
     """An exported detector in ONNX Runtime, with the resizing around it that training used.
 
     Safe to call from several threads at once.
@@ -52,6 +34,7 @@ class OrtDetector:
         threads: intra-op threads; 0 lets ONNX Runtime decide.
         min_score: drop detections scored lower. None, or anything below the threshold that the
             graph was exported with, keeps all that the graph returns.
+        max_pixels: larger images are refused before they are decoded.
     Raises:
         UserError: no such file, not a graph of ours, damaged, or a provider is not available.
     """
@@ -62,78 +45,23 @@ class OrtDetector:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
         min_score: Optional[float] = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        self.path = Path(path)
-        self.min_score = min_score
+        self.path, self.name = Path(path), str(path)
+        self.min_score, self.max_pixels = min_score, max_pixels
         content = _read(self.path)
         self.session = open_session(content, str(self.path), providers, threads)
         self.spec = _read_spec(self.session, self.path)
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.sha256 = self.identity = hashlib.sha256(content).hexdigest()
+        self.max_batch = 1 if self.spec.dynamic == "none" else None
         _check_sidecar(self.path, self.sha256)
         _check_contract(self.session, self.spec, self.path)
-
-    def detect(self, images: Sequence[ImageSource], batch_size: int = 1) -> List[Detections]:
-        """Detections of each image, in order; none for no images.
-
-        Args:
-            images: paths, PIL images or (H, W, 3) uint8 BGR arrays, of any sizes.
-            batch_size: how many share one run; a graph exported with batch 1 ignores it. Images
-                that share a run share a canvas, which can change scores slightly, as in training.
-        Raises:
-            UserError: an image cannot be read or is too thin, or the network gives NaN or
-                infinity; nothing is returned for the others then.
-        """
-        if batch_size < 1:
-            raise UserError(f"batch size is {batch_size}, expected 1 or more")
-        size = 1 if self.spec.dynamic == "none" else batch_size
-        detections = []
-        for start in range(0, len(images), size):
-            arrays = [load_image(source) for source in images[start : start + size]]
-            prepared = [prepare(array, self.spec) for array in arrays]
-            outputs = self.run(*make_batch(prepared, self.spec))
-            for i, (array, image) in enumerate(zip(arrays, prepared, strict=True)):
-                rows = {name: output[i] for name, output in outputs.items()}
-                detections.append(self._detections(rows, array.shape[:2], image.shape[:2]))
-        return detections
 
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
         feed = dict(zip(INPUT_NAMES, (images, image_sizes), strict=True))
-        outputs = self.session.run(list(OUTPUT_NAMES), feed)
-        return dict(zip(OUTPUT_NAMES, outputs, strict=True))
-
-    def _detections(self, rows, size, input_size) -> Detections:
-        count = int(rows["num_dets"][0])
-        boxes, scores, labels = (rows[name][:count] for name in ("boxes", "scores", "labels"))
-        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise UserError(
-                f"{self.path} gives NaN or infinity for an image of {size}: its "
-                "weights are damaged, or it overflows on this provider"
-            )
-        if count and not 0 <= labels.min() <= labels.max() < len(self.spec.classes):
-            raise UserError(
-                f"{self.path} gives class {labels.max()}, but names only "
-                f"{len(self.spec.classes)} classes"
-            )
-        boxes = rescale(boxes, input_size, size)
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        if self.min_score is not None:
-            keep &= scores >= self.min_score
-        shrunk = input_size != resized_shape(*size, self.spec.min_size, self.spec.max_size)
-        labels = labels[keep].astype(np.int64)
-        return Detections(boxes[keep], scores[keep], labels, size, input_size, shrunk)
-
-
-def rescale(boxes: np.ndarray, input_size: Tuple[int, int], size: Tuple[int, int]) -> np.ndarray:
-    """Boxes (R, 4) from the resized image to the original one, clipped to it (both as (h, w)).
-
-    As Detectron2's `detector_postprocess`: rounding of the resized size makes the two scales
-    differ slightly. Boxes may come out empty.
-    """
-    (input_h, input_w), (height, width) = input_size, size
-    scale_x, scale_y = width / input_w, height / input_h
-    boxes = boxes * np.array([scale_x, scale_y] * 2, np.float32)
-    return boxes.clip(0, np.array([width, height] * 2, np.float32))
+        names = self.spec.output_names
+        return dict(zip(names, self.session.run(names, feed), strict=True))
 
 
 def open_session(
@@ -199,13 +127,24 @@ def _check_sidecar(path: Path, sha256: str) -> None:
 
 
 def _check_contract(session: ort.InferenceSession, spec: ModelSpec, path: Path) -> None:
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = [value.name for value in session.get_outputs()]
-    if sorted(inputs) != sorted(INPUT_NAMES) or not set(OUTPUT_NAMES) <= set(outputs):
-        raise UserError(
-            f"{path} has inputs {sorted(inputs)} and outputs {outputs}; expected "
-            f"{list(INPUT_NAMES)} and {list(OUTPUT_NAMES)}"
-        )
-    dtype = _DTYPES.get(inputs["images"].type)
-    if dtype != spec.input_dtype:
-        raise UserError(f"{path} takes {inputs['images'].type} but says {spec.input_dtype}")
+    """UserError unless the graph has the spec's tensors, and each has the spec's type and shape."""
+    contract = spec.contract()
+    for kind, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        found, expected = {value.name: value for value in values}, contract[kind]
+        if sorted(found) != sorted(expected):
+            raise UserError(f"{path} has {kind} {list(found)}; expected {list(expected)}")
+        for name, tensor in expected.items():
+            dtype, shape = _DTYPES.get(found[name].type, found[name].type), found[name].shape
+            if dtype != tensor["dtype"] or not _same_shape(shape, tensor["shape"]):
+                raise UserError(
+                    f"{path}: {name} is {dtype} {shape}, but the file's own description says "
+                    f"{tensor['dtype']} {tensor['shape']}; export it again"
+                )
+
+
+def _same_shape(found: Sequence, expected: Sequence) -> bool:
+    """Whether a graph's shape is the contract's; what is a name there must be free in the graph."""
+    return len(found) == len(expected) and all(
+        actual == wanted or (isinstance(wanted, str) and not isinstance(actual, int))
+        for actual, wanted in zip(found, expected)
+    )

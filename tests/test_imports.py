@@ -15,6 +15,7 @@ FORBIDDEN = {
     "deploy.spec": STDLIB_ONLY,
     "deploy.files": STDLIB_ONLY,
     "deploy.preprocess": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
+    "deploy.detector": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
     "deploy.predict": TRAINING | {"onnx", "pycocotools"},

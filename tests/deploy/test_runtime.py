@@ -13,8 +13,9 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from deploy.detector import rescale
 from deploy.errors import UserError
-from deploy.runtime import OrtDetector, rescale
+from deploy.runtime import OrtDetector
 from deploy.verify_images import draw_scene
 from fgd.config import load_config_text
 from tests.deploy.conftest import ARCHITECTURES

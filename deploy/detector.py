@@ -1,0 +1,118 @@
+"""Detector: images in, detections out, wherever the graph runs. numpy and Pillow only."""
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from deploy.errors import UserError
+from deploy.preprocess import (
+    MAX_PIXELS,
+    ImageSource,
+    load_image,
+    make_batch,
+    prepare,
+    resized_shape,
+)
+from deploy.spec import ModelSpec
+
+
+@dataclass
+class Detections:
+    """What was found in one image; R may be 0.
+
+    boxes (R, 4) float32 xyxy in pixels of the original image, inside it, none of them empty;
+    scores (R,) float32 in [0, 1], descending; labels (R,) int64 indexing the spec's `classes`;
+    size (height, width) of the original image; input_size (height, width) the network saw;
+    shrunk: a fixed canvas made that smaller than Detectron2 would have (expect lower accuracy).
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    size: Tuple[int, int]
+    input_size: Tuple[int, int]
+    shrunk: bool = False
+
+
+class Detector:
+    """An exported detector with the reading and resizing around it that training used.
+
+    A subclass runs the graph: it defines `run` and sets
+        name: what to call the model in messages;
+        identity: tells this model from any other;
+        spec: its ModelSpec;
+        max_batch: the most images per run, None for any number;
+        min_score: drop detections scored lower; None keeps all that the graph returns;
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    name: str
+    identity: str
+    spec: ModelSpec
+    max_batch: Optional[int] = None
+    min_score: Optional[float] = None
+    max_pixels: int = MAX_PIXELS
+
+    def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
+        """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
+        raise NotImplementedError
+
+    def detect(self, images: Sequence[ImageSource], batch_size: int = 1) -> List[Detections]:
+        """Detections of each image, in order; none for no images.
+
+        Args:
+            images: paths, PIL images or (H, W, 3) uint8 BGR arrays, of any sizes.
+            batch_size: how many share one run, as far as the graph allows. Images that share a run
+                share a canvas, which can change scores slightly, as in training.
+        Raises:
+            UserError: an image cannot be read or is too thin, or the network gives NaN or
+                infinity; nothing is returned for the others then.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}, expected 1 or more")
+        size = min(batch_size, self.max_batch or batch_size)
+        detections = []
+        for start in range(0, len(images), size):
+            sources = images[start : start + size]
+            arrays = [load_image(source, self.max_pixels) for source in sources]
+            prepared = [prepare(array, self.spec) for array in arrays]
+            outputs = self.run(*make_batch(prepared, self.spec))
+            for i, (array, image) in enumerate(zip(arrays, prepared, strict=True)):
+                rows = {name: output[i] for name, output in outputs.items()}
+                detections.append(self._detections(rows, array.shape[:2], image.shape[:2]))
+        return detections
+
+    def _detections(self, rows, size, input_size) -> Detections:
+        count = int(rows["num_dets"][0])
+        boxes, scores, labels = (rows[name][:count] for name in ("boxes", "scores", "labels"))
+        # all scores: an image that the network failed on has no detection, but scores of NaN
+        if not (np.isfinite(boxes).all() and np.isfinite(rows["scores"]).all()):
+            raise UserError(
+                f"{self.name} gives NaN or infinity for an image of {size}: its "
+                "weights are damaged, or it overflows on this provider"
+            )
+        if count and not 0 <= labels.min() <= labels.max() < len(self.spec.classes):
+            raise UserError(
+                f"{self.name} gives class {labels.max()}, but names only "
+                f"{len(self.spec.classes)} classes"
+            )
+        boxes = rescale(boxes, input_size, size)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        if self.min_score is not None:
+            keep &= scores >= self.min_score
+        shrunk = input_size != resized_shape(*size, self.spec.min_size, self.spec.max_size)
+        labels = labels[keep].astype(np.int64)
+        return Detections(boxes[keep], scores[keep], labels, size, input_size, shrunk)
+
+
+def rescale(boxes: np.ndarray, input_size: Tuple[int, int], size: Tuple[int, int]) -> np.ndarray:
+    """Boxes (R, 4) from the resized image to the original one, clipped to it (both as (h, w)).
+
+    As Detectron2's `detector_postprocess`: rounding of the resized size makes the two scales
+    differ slightly. Boxes may come out empty.
+    """
+    (input_h, input_w), (height, width) = input_size, size
+    scale_x, scale_y = width / input_w, height / input_h
+    boxes = boxes * np.array([scale_x, scale_y] * 2, np.float32)
+    return boxes.clip(0, np.array([width, height] * 2, np.float32))
