@@ -27,7 +27,8 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     """
     example = _example(detector, spec)
     with torch.no_grad():
-        raw_names = [RAW + name for name in detector.network(*example)]
+        raw = detector.network(*example)
+    raw_names = [RAW + name for name in raw if name not in OUTPUT_NAMES]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's, about its own internals
@@ -38,7 +39,7 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
                 opset_version=spec.opset,
                 external_data=False,
                 input_names=INPUT_NAMES,
-                output_names=[*OUTPUT_NAMES, *raw_names],
+                output_names=[*spec.output_names, *raw_names],
                 dynamic_shapes=_dynamic_shapes(spec),
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
@@ -96,7 +97,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def expose_raw(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the same graph whose raw predictions are outputs too, after the four."""
+    """A copy of the same graph whose raw predictions are outputs too, after its own."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     copy.graph.output.extend(v for v in model.graph.value_info if v.name.startswith(RAW))

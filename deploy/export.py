@@ -139,6 +139,8 @@ def make_spec(
         mean=list(student.cfg.MODEL.PIXEL_MEAN),
         std=list(student.cfg.MODEL.PIXEL_STD),
         opset=OPSET,
+        task="instance_segmentation" if detector.mask_size else "detection",
+        mask_size=detector.mask_size,
         hashes={"checkpoint_sha256": student.checkpoint_sha256},
         versions={package: version(package) for package in _PACKAGES},
     )

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from deploy.convert import RAW, THRESHOLD, expose_raw
 from deploy.matching import Found
 from deploy.runtime import open_session
-from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
+from deploy.spec import INPUT_NAMES, MASKS, OUTPUT_NAMES, ModelSpec
 from deploy.verify_images import Batch
 
 
@@ -22,6 +22,7 @@ class GraphUnderTest:
 
     def __init__(self, model: onnx.ModelProto, name: str):
         self.model, self.name = model, name
+        self.output_names = [output.name for output in model.graph.output]
         self.session = open_session(expose_raw(model).SerializeToString(), name)
 
     @property
@@ -38,12 +39,12 @@ class GraphUnderTest:
         return GraphUnderTest(copy, self.name)
 
     def run(self, batch: Batch) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
-        """The four outputs, and the raw predictions, by name."""
+        """The outputs, and the raw predictions, by name."""
         names = [output.name for output in self.session.get_outputs()]
         values = self.session.run(names, dict(zip(INPUT_NAMES, batch)))
         results = dict(zip(names, values))
         raw = {name: value for name, value in results.items() if name.startswith(RAW)}
-        return {name: results[name] for name in OUTPUT_NAMES}, raw
+        return {name: results[name] for name in self.output_names}, raw
 
     @staticmethod
     def _threshold(model: onnx.ModelProto) -> onnx.TensorProto:
@@ -53,7 +54,8 @@ class GraphUnderTest:
 def detections(outputs: Dict[str, np.ndarray], image: int) -> Found:
     """The valid rows of one image."""
     count = int(outputs["num_dets"][image, 0])
-    return Found(*(outputs[name][image, :count] for name in ("boxes", "scores", "labels")))
+    names = [name for name in (*OUTPUT_NAMES[1:], MASKS) if name in outputs]
+    return Found(*(outputs[name][image, :count] for name in names))
 
 
 def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpec) -> List[str]:
@@ -65,6 +67,10 @@ def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpe
         "scores": (np.float32, (size, k)),
         "labels": (np.int32, (size, k)),
     }
+    if spec.mask_size:
+        promised[MASKS] = (np.float32, (size, k, spec.mask_size, spec.mask_size))
+    if list(outputs) != list(promised):
+        return [f"the outputs are {', '.join(outputs)}, not {', '.join(promised)}"]
     broken = [
         f"{name} is {outputs[name].dtype} {outputs[name].shape}, not {np.dtype(dtype)} {shape}"
         for name, (dtype, shape) in promised.items()
@@ -82,16 +88,19 @@ def _broken_rows(outputs, image: int, size: np.ndarray, spec: ModelSpec) -> List
     found = detections(outputs, image)
     boxes, scores, labels = (outputs[name][image, count:] for name in ("boxes", "scores", "labels"))
     corner = np.array([size[1], size[0]])
+    masks = outputs.get(MASKS, np.zeros((image + 1, count, 0, 0)))[image]
     checks = {
         "rows past num_dets are not 0, 0, -1": not boxes.any()
         and not scores.any()
-        and (labels == -1).all(),
+        and (labels == -1).all()
+        and not masks[count:].any(),
         "NaN or infinity": np.isfinite(found.boxes).all() and np.isfinite(found.scores).all(),
         "scores not descending": (np.diff(found.scores) <= 0).all(),
         "a score outside 0..1": ((found.scores >= 0) & (found.scores <= 1)).all(),
         "a label without class": ((found.labels >= 0) & (found.labels < len(spec.classes))).all(),
         "a box outside the image": (found.boxes >= 0).all()
         and (found.boxes[:, 2:] <= corner).all(),
+        "a mask outside 0..1": ((masks >= 0) & (masks <= 1)).all(),
         "an empty box": (found.boxes[:, :2] < found.boxes[:, 2:]).all(),
     }
     return [text for text, holds in checks.items() if not holds]

@@ -4,7 +4,7 @@ Never row by row: rows whose scores differ by rounding alone may swap places.
 """
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -15,11 +15,13 @@ TIE = 1e-6  # scores closer than this have no order; confident ones saturate at 
 
 
 class Found(NamedTuple):
-    """Detections of one image, best first: boxes (R, 4) xyxy, scores (R,), labels (R,)."""
+    """Detections of one image, best first: boxes (R, 4) xyxy, scores (R,), labels (R,), and of
+    instance segmentation masks (R, M, M), probabilities inside the box."""
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    masks: Optional[np.ndarray] = None
 
 
 class Decisions(NamedTuple):

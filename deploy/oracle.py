@@ -10,6 +10,7 @@ from torch import nn
 from deploy.convert import RAW
 from deploy.graphs import exportable
 from deploy.matching import Found
+from deploy.spec import OUTPUT_NAMES
 from deploy.verify_images import Batch
 
 
@@ -40,15 +41,23 @@ def detectron2_detections(model: nn.Module, batch: Batch) -> List[Found]:
         for canvas, (height, width) in zip(batch.images, batch.image_sizes)
     ]
     canvas = torch.zeros_like(torch.from_numpy(batch.images[0]))
-    results = model.eval()([{"image": image} for image in [*images, canvas]])[:-1]
-    return [
-        Found(
-            instances.pred_boxes.tensor.numpy(),
-            instances.scores.numpy(),
-            instances.pred_classes.numpy(),
-        )
-        for instances in (result["instances"] for result in results)
-    ]
+    inputs = [{"image": image} for image in [*images, canvas]]
+    if not getattr(getattr(model, "roi_heads", None), "mask_on", False):
+        return [_found(result["instances"]) for result in model.eval()(inputs)[:-1]]
+    # Without post-processing: it pastes masks. What else it does here is to drop empty boxes.
+    results = model.eval().inference(inputs, do_postprocess=False)[:-1]
+    return [_found(instances[instances.pred_boxes.nonempty()]) for instances in results]
+
+
+def _found(instances) -> Found:
+    found = Found(
+        instances.pred_boxes.tensor.numpy(),
+        instances.scores.numpy(),
+        instances.pred_classes.numpy(),
+    )
+    if instances.has("pred_masks"):  # (R, 1, M, M)
+        found = found._replace(masks=instances.pred_masks[:, 0].numpy())
+    return found
 
 
 class RawJudge:
@@ -58,23 +67,26 @@ class RawJudge:
         self.single, self.double = exportable(model), exportable(model).double()
 
     @torch.no_grad()
-    def errors(self, batch: Batch, raw: Dict[str, np.ndarray]) -> Dict[str, Dict[str, float]]:
+    def errors(self, batch: Batch, values: Dict[str, np.ndarray]) -> Dict[str, Dict[str, float]]:
         """Largest absolute errors on one batch.
 
         Args:
-            raw: the graph's raw predictions, named as in the file. Boxes it selected itself are
-                given to both networks, so that rows correspond.
+            values: the graph's raw predictions and outputs, named as in the file. Boxes it selected
+                itself are given to both networks, so that rows correspond.
         Returns:
             name -> {"graph", "torch", "scale": largest absolute value}. Selections are left out.
         """
         images, sizes = (torch.from_numpy(array) for array in batch)
-        given = {name: torch.from_numpy(raw[RAW + name]) for name in self.single.selections}
+        given = {
+            name: torch.from_numpy(values[name if name in OUTPUT_NAMES else RAW + name])
+            for name in self.single.selections
+        }
         single = self.single.network(images, sizes, **given)
         given = {name: value.double() for name, value in given.items()}
         double = self.double.network(images, sizes, **given)
         return {
             name: {
-                "graph": _largest(raw[RAW + name] - truth.numpy()),
+                "graph": _largest(values[RAW + name] - truth.numpy()),
                 "torch": _largest((single[name].double() - truth).numpy()),
                 "scale": _largest(truth.numpy()),
             }

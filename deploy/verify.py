@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
-from deploy.graphs import EXPORTABLE
+from deploy.graphs import exportable_class
 from deploy.matching import Decisions
 from deploy.oracle import RawJudge, detectron2_detections, score_threshold
 from deploy.spec import ModelSpec
@@ -61,7 +61,7 @@ def _compare(
         graph = graph.with_threshold(threshold)
     tally.thresholds.append(threshold)
     lines = Decisions(threshold, spec.nms_threshold, spec.max_detections)
-    with score_threshold(model, EXPORTABLE[spec.architecture].threshold_path, threshold):
+    with score_threshold(model, exportable_class(model).threshold_path, threshold):
         for batch in batches:
             outputs, _ = graph.run(batch)
             for i, expected in enumerate(detectron2_detections(model, batch)):
@@ -91,7 +91,7 @@ def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
             warnings.append(f"batch {i}: more candidates than the graph keeps in {cut} images")
         if i not in (0, len(batches) - 1):
             continue
-        for name, errors in judge.errors(batch, raw).items():
+        for name, errors in judge.errors(batch, {**raw, **outputs}).items():
             known = worst.setdefault(name, errors)
             worst[name] = {key: max(known[key], value) for key, value in errors.items()}
     return worst, warnings

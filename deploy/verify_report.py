@@ -1,13 +1,13 @@
 """What a verification found, its gates, and the verdict."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
 from deploy.matching import MARGIN, Decisions, Found, excuse, match_detections
 
-MATCHED, BOX_PIXELS, SCORE = 0.995, 0.01, 1e-4  # gates for float32
+MATCHED, BOX_PIXELS, SCORE, MASK = 0.995, 0.01, 1e-4, 1e-3  # gates for float32
 RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's
 ENOUGH = 20  # matched detections without which nothing was shown
 _NOISE = 10  # times a gate; on chaotic weights float noise alone reached 4 times, in torch as well
@@ -28,6 +28,7 @@ class Tally:
     examples: List[str] = field(default_factory=list)  # the first few of the last two kinds
     box_error: float = 0.0  # pixels, largest over matched detections
     score_error: float = 0.0
+    mask_error: Optional[float] = None  # probability; None without masks
     lowest: float = 1.0  # of Detectron2's scores
     highest: float = 0.0
 
@@ -48,6 +49,9 @@ class Tally:
             self.box_error = max(self.box_error, box_error)
             score_error = abs(float(expected.scores[i]) - float(actual.scores[j]))
             self.score_error = max(self.score_error, score_error)
+            if expected.masks is not None:
+                mask_error = float(np.abs(expected.masks[i] - actual.masks[j]).max())
+                self.mask_error = max(self.mask_error or 0.0, mask_error)
         for side, row, excused in excuse(matching, expected, actual, lines):
             own = expected if side == "missing" else actual
             self.excused += excused
@@ -116,7 +120,7 @@ def _json_ready(value):
 
 
 def gates_of(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate]:
-    """Matched share, box and score error, and each raw prediction's error to float64."""
+    """Matched share, box, score and mask error, and each raw prediction's error to float64."""
     gates = [
         Gate("matched", tally.ratio, f">= {MATCHED}", tally.ratio >= MATCHED),
         Gate(
@@ -124,6 +128,8 @@ def gates_of(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate
         ),
         Gate("score error", tally.score_error, f"<= {SCORE}", tally.score_error <= SCORE),
     ]
+    if tally.mask_error is not None:
+        gates.append(Gate("mask error", tally.mask_error, f"<= {MASK}", tally.mask_error <= MASK))
     for name, errors in raw_errors.items():
         rounding = _ROUNDINGS * np.finfo(np.float32).eps * errors["scale"]
         bound = float(max(RAW_RATIO * errors["torch"], rounding))
@@ -150,8 +156,12 @@ def decide(tally: Tally, gates: List[Gate], broken: List[str]) -> Tuple[str, str
         )
     if not failed:
         return "equal", "the graph gives Detectron2's detections"
-    noise = tally.box_error <= _NOISE * BOX_PIXELS and tally.score_error <= _NOISE * SCORE
-    if noise and set(failed) <= {"box error (pixels)", "score error"}:
+    noise = (
+        tally.box_error <= _NOISE * BOX_PIXELS
+        and tally.score_error <= _NOISE * SCORE
+        and (tally.mask_error or 0.0) <= _NOISE * MASK
+    )
+    if noise and set(failed) <= {"box error (pixels)", "score error", "mask error"}:
         return "ill-conditioned weights", (
             f"over the gate: {', '.join(failed)}. Not the graph's fault: its raw predictions are "
             "as close to float64 as PyTorch's, but the weights amplify rounding"

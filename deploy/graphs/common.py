@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deploy.errors import UserError
 from deploy.ops import INVALID
+from deploy.spec import OUTPUT_NAMES
 
 
 class ExportableDetector(nn.Module):
@@ -19,10 +20,13 @@ class ExportableDetector(nn.Module):
     Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
              true size; scores (B, K) float32 descending; labels (B, K) int32. Rows past num_dets:
              0, 0 and -1. An image of NaN gives no detection.
+             With `mask_size` M > 0 also masks (B, K, M, M) float32, the probability of each
+             detection's class on a grid that spans its box; 0 past num_dets.
 
     A subclass borrows the sub-modules of a Detectron2 model and follows its inference step by step:
-        network(images, image_sizes) -> {name: tensor}, all that has weights;
-        detect(raw, image_sizes) -> the four outputs, all that selects.
+        network(images, image_sizes) -> {name: tensor}, all that has weights, and under their own
+            names those outputs that a later head needed;
+        detect(raw, image_sizes) -> the outputs, all that selects.
     It also sets `num_classes`, `nms_threshold` and `max_detections`.
 
     Args:
@@ -33,8 +37,9 @@ class ExportableDetector(nn.Module):
 
     # Where the model keeps its score threshold; `score_threshold` is its name in the file.
     threshold_path: str
-    # Raw tensors that `network` itself selected; it takes them as keyword arguments to be given.
+    # Tensors that `network` itself selected; it takes them as keyword arguments to be given.
     selections: Tuple[str, ...] = ()
+    mask_size = 0
 
     def __init__(self, student: nn.Module):
         super().__init__()
@@ -54,9 +59,10 @@ class ExportableDetector(nn.Module):
         return max(self.student.backbone.size_divisibility, 1)
 
     def forward(self, images: Tensor, image_sizes: Tensor):
-        """Outputs of the class docstring, then the raw tensors of `network` in its order."""
+        """Outputs of the class docstring, then the other tensors of `network` in its order."""
         raw = self.network(images, image_sizes)
-        return (*self.detect(raw, image_sizes), *raw.values())
+        inner = (value for name, value in raw.items() if name not in OUTPUT_NAMES)
+        return (*self.detect(raw, image_sizes), *inner)
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """In how many images a fixed limit inside the graph may have cut off detections."""

@@ -1,52 +1,50 @@
-"""Faster R-CNN as a graph."""
+"""Faster and Mask R-CNN as graphs."""
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Tuple
 
 import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from torch import Tensor
+from torch import Tensor, nn
 
 from deploy.errors import UserError
-from deploy.graphs.common import (
-    ExportableDetector,
-    anchors_at,
-    clip,
-    decode,
-    dense,
-    finish,
-    nonempty,
-    require,
-    take,
-)
-from deploy.ops import INVALID, pyramid_roi_align, select_nms
+from deploy.graphs.common import ExportableDetector, clip, decode, finish, nonempty, require, take
+from deploy.graphs.masks import check_mask_head, mask_logits, mask_probabilities, mask_size
+from deploy.graphs.regions import pool, propose
+from deploy.ops import INVALID, select_nms
+from deploy.spec import OUTPUT_NAMES
 
 MAX_CANDIDATES = 2048  # (proposal, class) pairs per image that enter the last NMS
 
 
 class ExportableRCNN(ExportableDetector):
-    """Detectron2's `GeneralizedRCNN` inference (FPN, box head) with fixed shapes.
+    """Detectron2's `GeneralizedRCNN` inference (FPN, box head, mask head) with fixed shapes.
 
     Proposals: per level the best anchors by objectness, decoded, clipped, empty ones invalid; NMS
     per level, the best R of all levels; missing ones are rows of zeros. Detections: softmax, the
     best `MAX_CANDIDATES` (proposal, class) pairs, decoded, clipped, thresholded; per-class NMS, the
     best K, empty boxes dropped last. The candidate limit is exact while no more pairs than that
-    exceed the threshold, and also whenever K detections remain.
+    exceed the threshold, and also whenever K detections remain. Masks: of all K rows.
 
-    Other kinds (C4, cascade, mask or keypoint heads, RoIPool) are refused.
+    Other kinds (C4, keypoint heads, RoIPool) are refused.
     """
 
     threshold_path = "roi_heads.box_predictor.test_score_thresh"
-    selections = ("rois",)
+    heads_kind = StandardROIHeads
 
     def __init__(self, student):
         super().__init__(student)
-        predictor = self.heads.box_predictor
+        _, predictor = self.stages(self.heads)[-1]
         self.num_classes = self.heads.num_classes
         self.nms_threshold = predictor.test_nms_thresh
         self.max_detections = predictor.test_topk_per_image
+        self.mask_size = mask_size(self.heads) if self.heads.mask_on else 0
+        self.suffixes = ["", *(f".stage{i + 2}" for i in range(len(self.stages(self.heads)) - 1))]
+        self.selections = (*(f"rois{suffix}" for suffix in self.suffixes),)
+        if self.mask_size:
+            self.selections += ("boxes",)
 
     # Properties: a second attribute would register the weights under a second name.
     @property
@@ -58,62 +56,69 @@ class ExportableRCNN(ExportableDetector):
         return self.student.roi_heads
 
     @staticmethod
-    def check_kind(student):
+    def stages(heads) -> List[Tuple[nn.Module, nn.Module]]:
+        """(box head, predictor) of each stage; the boxes of one are the proposals of the next."""
+        return [(heads.box_head, heads.box_predictor)]
+
+    @classmethod
+    def check_kind(cls, student):
         rpn, heads = student.proposal_generator, student.roi_heads
         require(rpn, RPN, "MODEL.PROPOSAL_GENERATOR.NAME")
         require(rpn.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
-        require(heads, StandardROIHeads, "MODEL.ROI_HEADS.NAME")
-        require(heads.box_predictor, FastRCNNOutputLayers, "the box predictor")
+        require(heads, cls.heads_kind, "MODEL.ROI_HEADS.NAME")
         require(heads.box_pooler.level_poolers[0], ROIAlign, "MODEL.ROI_BOX_HEAD.POOLER_TYPE")
-        if heads.mask_on or heads.keypoint_on:
-            raise UserError("MODEL.MASK_ON and KEYPOINT_ON: only the box head can be exported")
-        if getattr(heads.box_predictor, "use_sigmoid_ce", False):
-            raise UserError("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: only softmax can be exported")
+        for _, predictor in cls.stages(heads):
+            require(predictor, FastRCNNOutputLayers, "the box predictor")
+            if getattr(predictor, "use_sigmoid_ce", False):
+                raise UserError("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE: only softmax can be exported")
+        if heads.keypoint_on:
+            raise UserError("MODEL.KEYPOINT_ON: keypoints cannot be exported")
+        if heads.mask_on:
+            check_mask_head(heads)
 
-    def network(
-        self, images: Tensor, image_sizes: Tensor, rois: Optional[Tensor] = None
-    ) -> Dict[str, Tensor]:
-        """All raw predictions.
+    def network(self, images: Tensor, image_sizes: Tensor, **given: Tensor) -> Dict[str, Tensor]:
+        """All raw predictions; with masks, the outputs that the mask head needs as well.
 
         Args:
-            rois: (B, R, 4) to run the box head on instead of the proposals found, so that two
-                implementations can be compared row by row.
+            given: "rois" (B, R, 4), of later stages "rois.stage2" and so on, and "boxes" (B, K, 4),
+                to be used instead of those found, so that two implementations can be compared row
+                by row. All of `selections`, or none.
         Returns:
-            Per RPN level "objectness.p2": (B, A, H, W) and "rpn_deltas.p2": (B, A * 4, H, W);
-            "rois": (B, R, 4), zeros where there is none; "class_logits": (B * R, classes + 1);
-            "box_deltas": (B * R, classes * 4), or (B * R, 4) when class-agnostic.
+            Per RPN level "objectness.p2": (B, A, H, W) and "rpn_deltas.p2": (B, A * 4, H, W); per
+            stage "rois": (B, R, 4), zeros where there is none; "class_logits": (B * R, classes +
+            1); "box_deltas": (B * R, classes * 4), or (B * R, 4) when class-agnostic; with masks
+            "mask_logits": (B * K, classes or 1, M, M).
         """
         features = self.student.backbone(self.normalize(images, image_sizes))
         levels = self.rpn.in_features
         objectness, deltas = self.rpn.rpn_head([features[level] for level in levels])
-        if rois is None:
-            rois = self._proposals(objectness, deltas, image_sizes)
-        pooled = self._pool([features[level] for level in self.heads.box_in_features], rois)
-        logits, box_deltas = self.heads.box_predictor(self.heads.box_head(pooled))
-        return {
+        raw = {
             **{f"objectness.{level}": x for level, x in zip(levels, objectness)},
             **{f"rpn_deltas.{level}": x for level, x in zip(levels, deltas)},
-            "rois": rois,
-            "class_logits": logits,
-            "box_deltas": box_deltas,
         }
+        pyramid = [features[level] for level in self.heads.box_in_features]
+        rois = None if given else propose(self.rpn, objectness, deltas, image_sizes)
+        for i, suffix in enumerate(self.suffixes):
+            if given:
+                rois = given[f"rois{suffix}"]
+            elif i:
+                rois = self._refine(i - 1, raw, image_sizes)
+            head, predictor = self.stages(self.heads)[i]
+            logits, deltas = predictor(head(pool(self.heads.box_pooler, pyramid, rois)))
+            raw[f"rois{suffix}"], raw[f"class_logits{suffix}"] = rois, logits
+            raw[f"box_deltas{suffix}"] = deltas
+        if self.mask_size:
+            if not given:
+                raw |= zip(OUTPUT_NAMES, self._select(raw, image_sizes))
+            raw["mask_logits"] = mask_logits(self.heads, features, (given or raw)["boxes"])
+        return raw
 
     def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
-        """The four outputs of `ExportableDetector` from what `network` returns."""
-        rois, probs = raw["rois"], self._pair_scores(raw)
-        scores, pair = probs.topk(min(MAX_CANDIDATES, probs.shape[1]), dim=1)
-        row = pair // self.num_classes
-        labels = pair - row * self.num_classes
-        deltas = raw["box_deltas"].reshape(rois.shape[0], -1, 4)
-        agnostic = raw["box_deltas"].shape[1] == 4
-        transform = self.heads.box_predictor.box2box_transform
-        boxes = decode(take(deltas, row if agnostic else pair), take(rois, row), transform)
-        valid = (scores > self.score_threshold) & torch.isfinite(boxes).all(dim=-1)
-        boxes, scores = clip(boxes, image_sizes), torch.where(valid, scores, INVALID)
-        index = select_nms(
-            boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
-        )
-        return finish(index, boxes, scores, labels, image_sizes)
+        """The outputs of `ExportableDetector` from what `network` returns."""
+        if not self.mask_size:
+            return self._select(raw, image_sizes)
+        found = tuple(raw[name] for name in OUTPUT_NAMES)
+        return (*found, mask_probabilities(raw["mask_logits"], raw["labels"]))
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """Images with more candidates than `MAX_CANDIDATES` whose list of K is not full."""
@@ -121,50 +126,42 @@ class ExportableRCNN(ExportableDetector):
         cut = (candidates > MAX_CANDIDATES) & (num_dets[:, 0] < self.max_detections)
         return int(cut.sum())
 
+    def _select(self, raw: Dict[str, Tensor], image_sizes: Tensor):
+        """The four outputs of the box head."""
+        probs, rois = self._pair_scores(raw), raw[f"rois{self.suffixes[-1]}"]
+        scores, pair = probs.topk(min(MAX_CANDIDATES, probs.shape[1]), dim=1)
+        row = pair // self.num_classes
+        labels = pair - row * self.num_classes
+        deltas = raw[f"box_deltas{self.suffixes[-1]}"]
+        agnostic = deltas.shape[1] == 4
+        deltas = take(deltas.reshape(rois.shape[0], -1, 4), row if agnostic else pair)
+        boxes = decode(deltas, take(rois, row), self._transform(-1))
+        valid = (scores > self.score_threshold) & torch.isfinite(boxes).all(dim=-1)
+        boxes, scores = clip(boxes, image_sizes), torch.where(valid, scores, INVALID)
+        index = select_nms(
+            boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
+        )
+        return finish(index, boxes, scores, labels, image_sizes)
+
     def _pair_scores(self, raw: Dict[str, Tensor]) -> Tensor:
-        """(B, R * classes) probabilities, `INVALID` for proposals that are not there."""
-        probs = raw["class_logits"].softmax(dim=-1)[:, :-1]
+        """(B, R * classes) mean of the stages' probabilities, `INVALID` for proposals not there."""
+        stages = [raw[f"class_logits{suffix}"].softmax(dim=-1)[:, :-1] for suffix in self.suffixes]
+        probs = sum(stages[1:], stages[0])
+        if len(stages) > 1:
+            probs = probs * (1.0 / len(stages))
         probs = probs.reshape(*raw["rois"].shape[:2], self.num_classes)
         return torch.where(nonempty(raw["rois"])[..., None], probs, INVALID).flatten(1)
 
-    def _proposals(self, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Tensor):
-        """(B, R, 4) proposals in descending order of objectness, then rows of zeros."""
-        parts = [self._level(i, *x) for i, x in enumerate(zip(objectness, deltas))]
-        boxes, scores, level = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
-        valid = torch.isfinite(boxes).all(dim=-1) & torch.isfinite(scores)
-        boxes = clip(boxes, image_sizes)
-        valid = valid & nonempty(boxes, self.rpn.min_box_size)
-        scores = torch.where(valid, scores, INVALID)
-        count = self.rpn.post_nms_topk[False]
-        index = select_nms(boxes, scores, level, self.rpn.nms_thresh, len(parts), count)
-        return torch.where((index >= 0)[..., None], take(boxes, index.clamp(min=0)), 0.0)
+    def _refine(self, stage: int, raw: Dict[str, Tensor], image_sizes: Tensor) -> Tensor:
+        """(B, R, 4) boxes of a class-agnostic stage, clipped; zeros where there is no proposal.
 
-    def _level(self, i: int, objectness: Tensor, deltas: Tensor):
-        """Decoded boxes (B, k, 4), logits and level number (B, k) of a level's best anchors."""
-        width = objectness.shape[-1]
-        logits = dense(objectness, 1).flatten(1)
-        best, anchor = logits.topk(torch.sym_min(self.rpn.pre_nms_topk[False], logits.shape[1]))
-        generator = self.rpn.anchor_generator
-        anchors = anchors_at(
-            anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
-        )
-        boxes = decode(take(dense(deltas, 4), anchor), anchors, self.rpn.box2box_transform)
-        return boxes, best, torch.full_like(anchor, i)
-
-    def _pool(self, features: List[Tensor], rois: Tensor) -> Tensor:
-        """(B * R, C, size, size): every box pooled on the level that its size belongs to.
-
-        Level bounds are compared as sizes: the graph's logarithm is not Detectron2's to the last
-        bit, and boxes of exactly 112 or 224 pixels occur (a whole image, for one).
+        Empty ones stay, as in Detectron2: the rows of all stages belong together.
         """
-        pooler = self.heads.box_pooler
-        align = pooler.level_poolers[0]
-        size = rois[..., 2:] - rois[..., :2]
-        ratio = (size[..., 0] * size[..., 1]).sqrt() / pooler.canonical_box_size + 1e-8
-        level = torch.zeros_like(ratio, dtype=torch.int64)
-        for upper in range(pooler.min_level + 1, pooler.max_level + 1):
-            level = level + (ratio >= 2.0 ** (upper - pooler.canonical_level)).to(torch.int64)
-        scales, cells = [p.spatial_scale for p in pooler.level_poolers], pooler.output_size[0]
-        return pyramid_roi_align(
-            features, rois, level, scales, cells, align.sampling_ratio, align.aligned
-        )
+        rois = raw[f"rois{self.suffixes[stage]}"]
+        deltas = raw[f"box_deltas{self.suffixes[stage]}"].reshape(rois.shape)
+        boxes = clip(decode(deltas, rois, self._transform(stage)), image_sizes)
+        usable = nonempty(raw["rois"]) & torch.isfinite(boxes).all(dim=-1)
+        return torch.where(usable[..., None], boxes, 0.0)  # NaN would reach RoIAlign
+
+    def _transform(self, stage: int):
+        return self.stages(self.heads)[stage][1].box2box_transform

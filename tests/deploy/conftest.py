@@ -6,21 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 from deploy.export import main
 from deploy.graphs import exportable
 from deploy.matching import Found, match_detections
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.verify_images import draw_scene
+from deploy.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  # noqa: F401  tests do
 from tests.conftest import make_tiny_cfg
 
-CANVAS = (96, 128)
 SIZES = [CANVAS, (96, 70), (50, 128)]  # of a ragged batch
-CLASSES = ["disc", "box", "star"]
 ARCHITECTURES = ("RetinaNet", "GeneralizedRCNN")
 
 
@@ -41,41 +36,6 @@ class Exported:
         return ModelSpec.from_json(self.folder / "model.json")
 
 
-class ToyBody(Backbone):
-    """One convolution with a frozen norm per stage: traced in a third of the time."""
-
-    def __init__(self):
-        super().__init__()
-        self._out_features = ["res2", "res3", "res4", "res5"]
-        self.stages = torch.nn.ModuleList(
-            Conv2d(
-                i, 16, 5, stride=2 + 2 * (i == 3), padding=2, bias=False, norm=FrozenBatchNorm2d(16)
-            )
-            for i in (3, 16, 16, 16)
-        )
-        self._out_feature_strides = dict(zip(self._out_features, (4, 8, 16, 32), strict=True))
-        self._out_feature_channels = dict.fromkeys(self._out_features, 16)
-
-    def forward(self, x):
-        features = {}
-        for name, stage in zip(self._out_features, self.stages, strict=True):
-            x = features[name] = torch.relu(stage(x))
-        return features
-
-
-@BACKBONE_REGISTRY.register()
-def build_toy_fpn_backbone(cfg, input_shape: ShapeSpec):
-    names = cfg.MODEL.FPN.IN_FEATURES
-    return FPN(ToyBody(), names, cfg.MODEL.FPN.OUT_CHANNELS, "", LastLevelMaxPool())
-
-
-def scenes(count=4, shape=CANVAS, seed=1):
-    """(count, 3, h, w) float32 drawn images."""
-    rng = np.random.default_rng(seed)
-    images = np.stack([draw_scene(rng, shape) for _ in range(count)])
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
-
-
 def make_cfg(arch):
     cfg = make_tiny_cfg(arch)
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = CANVAS
@@ -87,68 +47,8 @@ def make_cfg(arch):
 
 
 def toy_cfg(arch):
-    """As `make_cfg` over `ToyBody`: p2-p6, of which RetinaNet takes p3-p5."""
-    cfg = make_cfg(arch)
-    cfg.MODEL.BACKBONE.NAME = "build_toy_fpn_backbone"
-    if arch == "RetinaNet":
-        cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5"]
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
-    return cfg
-
-
-def conditioned(cfg):
-    """A student whose scores spread over 0..1 without training, the same on every machine.
-
-    Batch norms take their statistics from drawn scenes, then each output layer is scaled so that
-    its predictions there have a given mean and deviation.
-    """
-    torch.manual_seed(0)
-    model, images = build_model(cfg), scenes()
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # cumulative average
-    for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
-        norm.running_var.uniform_(0.5, 2), norm.weight.uniform_(0.5, 1.5), norm.bias.uniform_(-1, 1)
-    batch = [{"image": image} for image in images]
-    with torch.no_grad():
-        model.train()
-        features = model.backbone(model.preprocess_image(batch).tensor)
-        if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-            model.head([features[f] for f in model.head_in_features])
-        model.eval()
-        features = model.backbone(model.preprocess_image(batch).tensor)
-        scale_outputs(model, features, batch)
-    return model
-
-
-def scale_outputs(model, features, batch):
-    if hasattr(model, "head"):
-        head, levels = model.head, [features[f] for f in model.head_in_features]
-        targets = [(head.cls_score, -2.0, 1.0), (head.bbox_pred, 0.0, 0.3)]
-        spread(targets, lambda: head(levels))
-        return
-    rpn, heads = model.proposal_generator, model.roi_heads
-    levels = [features[f] for f in rpn.in_features]
-    head = rpn.rpn_head
-    spread(
-        [(head.objectness_logits, 0.0, 2.0), (head.anchor_deltas, 0.0, 0.3)], lambda: head(levels)
-    )
-    predictor = heads.box_predictor
-    targets = [(predictor.cls_score, 0.0, 1.5), (predictor.bbox_pred, 0.0, 1.0)]
-    spread(targets, lambda: model(batch))
-
-
-def spread(targets, run):
-    """Scale each layer so that its outputs while `run` have the mean and deviation asked for."""
-    for layer, mean, deviation in targets:
-        seen = []
-        hook = layer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
-        run()
-        hook.remove()
-        values = torch.cat([output.movedim(1, -1).reshape(-1, len(layer.bias)) for output in seen])
-        scale = deviation / (values - layer.bias).std()
-        layer.weight.mul_(scale)
-        layer.bias.copy_(mean + scale * (layer.bias - values.mean()))
+    """A tiny detector by its meta-architecture: p2-p6, of which RetinaNet takes p3-p5."""
+    return tiny_cfg("Faster R-CNN" if arch == "GeneralizedRCNN" else arch)
 
 
 def save_checkpoint(model, cfg, path, /, **changes):
@@ -207,6 +107,18 @@ def assert_equal_detections(outputs, expected, box=1e-3, score=5e-5, at_least=5)
         assert not boxes[i, n:].any() and not scores[i, n:].any() and (labels[i, n:] == -1).all()
 
 
+def assert_equal_masks(outputs, expected, mask=1e-4):
+    """As `assert_equal_detections` for `Found`s with masks; masks past num_dets are 0."""
+    assert_equal_detections(outputs[:4], [found[:3] for found in expected])
+    counts, boxes, scores, labels, masks = (np.asarray(output) for output in outputs)
+    for i, wanted in enumerate(expected):
+        n = counts[i, 0]
+        actual = Found(boxes[i, :n], scores[i, :n], labels[i, :n], masks[i, :n])
+        for row, other in match_detections(wanted, actual).pairs:
+            np.testing.assert_allclose(actual.masks[other], wanted.masks[row], atol=mask, rtol=0)
+        assert not masks[i, n:].any()
+
+
 @pytest.fixture(scope="session")
 def exported(export_tiny):
     """architecture -> Exported with the default options."""
@@ -216,6 +128,19 @@ def exported(export_tiny):
         if arch not in made:
             made[arch] = export_tiny(make_cfg(arch))
         return made[arch]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(export_tiny):
+    """Name in `deploy.tiny.TINY` -> Exported with the default options."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = export_tiny(tiny_cfg(name))
+        return made[name]
 
     return get
 
@@ -243,7 +168,7 @@ def toy_detector():
 
 
 def ort_outputs(path, images, sizes):
-    """The four outputs of the file for images (B, 3, H, W) and their true sizes."""
+    """The outputs of the file for images (B, 3, H, W) and their true sizes."""
     detector = OrtDetector(path)
     images = images.numpy().astype(detector.spec.input_dtype)
     return list(detector.run(images, np.array(sizes, np.int32)).values())

@@ -5,6 +5,7 @@ from detectron2.structures import Boxes
 
 from deploy.errors import UserError
 from deploy.graphs import exportable, rcnn
+from deploy.graphs.regions import pool
 from tests.deploy.conftest import (
     CANVAS,
     SIZES,
@@ -38,7 +39,8 @@ def test_module_equals_detectron2_on_a_ragged_batch(agnostic, pooler):
     assert_equal_detections(outputs[:4], detectron2_outputs(model, images, SIZES))
 
 
-def test_proposals_are_detectron2s(model):
+def test_proposals_are_detectron2s(model, monkeypatch):
+    monkeypatch.setitem(model.proposal_generator.post_nms_topk, False, 400)  # more than are found
     detector, images = exportable(model), scenes(2, seed=3)
     sizes = torch.tensor([CANVAS] * 2, dtype=torch.int32)
     rois = detector.network(images, sizes)["rois"]
@@ -46,7 +48,7 @@ def test_proposals_are_detectron2s(model):
     proposals, _ = model.proposal_generator(batch, model.backbone(batch.tensor), None)
     for image, expected in enumerate(proposals):
         count = len(expected)
-        assert 10 < count <= 50 and not rois[image, count:].any()
+        assert 100 < count < 400 == rois.shape[1] and not rois[image, count:].any()
         torch.testing.assert_close(rois[image, :count], expected.proposal_boxes.tensor)
 
 
@@ -57,7 +59,7 @@ def test_pooling_levels_are_detectron2s_at_the_exact_bounds(model):
     features = [torch.randn(1, 16, 1024 // s, 1024 // s) for s in (4, 8, 16, 32)]
     pooler = model.roi_heads.box_pooler
     expected = pooler(features, [Boxes(rois[0])])
-    torch.testing.assert_close(exportable(model)._pool(features, rois), expected)
+    torch.testing.assert_close(pool(pooler, features, rois), expected)
 
 
 def test_more_candidates_than_the_limit_are_reported(model, monkeypatch):
@@ -72,15 +74,17 @@ def test_more_candidates_than_the_limit_are_reported(model, monkeypatch):
     assert detector.cut_images(raw, torch.full_like(count, 100)) == 0  # a full list is exact
 
 
-def _mask(cfg):
-    cfg.MODEL.MASK_ON = True
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+def _keypoints(cfg):
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [8]
 
 
-def _cascade(cfg):
-    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
-    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+def _c4(cfg):
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_resnet_backbone", ["res4"]
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.IN_FEATURES = "Res5ROIHeads", ["res4"]
+    cfg.MODEL.RPN.IN_FEATURES = ["res4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32, 64]]
 
 
 def _roi_pool(cfg):
@@ -90,8 +94,8 @@ def _roi_pool(cfg):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (_mask, "MODEL.MASK_ON"),
-        (_cascade, "MODEL.ROI_HEADS.NAME: CascadeROIHeads"),
+        (_keypoints, "MODEL.KEYPOINT_ON"),
+        (_c4, "MODEL.ROI_HEADS.NAME: Res5ROIHeads"),
         (_roi_pool, "MODEL.ROI_BOX_HEAD.POOLER_TYPE: RoIPool"),
     ],
 )

@@ -1,0 +1,63 @@
+"""The parts of R-CNN around its heads: anchors to proposals, and boxes to pooled features."""
+
+from typing import List
+
+import torch
+from torch import Tensor
+
+from deploy.graphs.common import anchors_at, clip, decode, dense, nonempty, take
+from deploy.ops import INVALID, pyramid_roi_align, select_nms
+
+
+def propose(rpn, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Tensor) -> Tensor:
+    """Detectron2's `RPN.predict_proposals` with a fixed number of rows.
+
+    Args:
+        rpn: Detectron2's `RPN`.
+        objectness: per level (B, A, H, W).  deltas: per level (B, A * 4, H, W).
+    Returns:
+        (B, R, 4) proposals in descending order of objectness, then rows of zeros.
+    """
+    parts = [_best_anchors(rpn, i, *x) for i, x in enumerate(zip(objectness, deltas))]
+    boxes, scores, level = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+    valid = torch.isfinite(boxes).all(dim=-1) & torch.isfinite(scores)
+    boxes = clip(boxes, image_sizes)
+    valid = valid & nonempty(boxes, rpn.min_box_size)
+    scores = torch.where(valid, scores, INVALID)
+    index = select_nms(boxes, scores, level, rpn.nms_thresh, len(parts), rpn.post_nms_topk[False])
+    return torch.where((index >= 0)[..., None], take(boxes, index.clamp(min=0)), 0.0)
+
+
+def _best_anchors(rpn, i: int, objectness: Tensor, deltas: Tensor):
+    """Decoded boxes (B, k, 4), logits and level number (B, k) of a level's best anchors."""
+    width = objectness.shape[-1]
+    logits = dense(objectness, 1).flatten(1)
+    best, anchor = logits.topk(torch.sym_min(rpn.pre_nms_topk[False], logits.shape[1]))
+    generator = rpn.anchor_generator
+    anchors = anchors_at(
+        anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
+    )
+    boxes = decode(take(dense(deltas, 4), anchor), anchors, rpn.box2box_transform)
+    return boxes, best, torch.full_like(anchor, i)
+
+
+def pool(pooler, features: List[Tensor], rois: Tensor) -> Tensor:
+    """(B * R, C, size, size): every box pooled on the level that its size belongs to.
+
+    Level bounds are compared as sizes: the graph's logarithm is not Detectron2's to the last
+    bit, and boxes of exactly 112 or 224 pixels occur (a whole image, for one).
+
+    Args:
+        pooler: Detectron2's `ROIPooler` of `ROIAlign` levels.
+        features: per level of the pooler (B, C, H, W).  rois: (B, R, 4) in pixels.
+    """
+    align = pooler.level_poolers[0]
+    size = rois[..., 2:] - rois[..., :2]
+    ratio = (size[..., 0] * size[..., 1]).sqrt() / pooler.canonical_box_size + 1e-8
+    level = torch.zeros_like(ratio, dtype=torch.int64)
+    for upper in range(pooler.min_level + 1, pooler.max_level + 1):
+        level = level + (ratio >= 2.0 ** (upper - pooler.canonical_level)).to(torch.int64)
+    scales, cells = [p.spatial_scale for p in pooler.level_poolers], pooler.output_size[0]
+    return pyramid_roi_align(
+        features, rois, level, scales, cells, align.sampling_ratio, align.aligned
+    )
