@@ -16,6 +16,8 @@ FORBIDDEN = {
     "deploy.files": STDLIB_ONLY,
     "deploy.preprocess": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.detector": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
+    "deploy.client": TRAINING | {"onnx", "onnxruntime", "pycocotools", "tritonclient"},
+    "deploy.triton_repository": TRAINING | {"onnx", "pycocotools"},
     "deploy.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
     "deploy.predict": TRAINING | {"onnx", "pycocotools"},
