@@ -33,11 +33,11 @@ def verify(
     graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
     batches = verification_batches(spec, images)
     tally = Tally()
-    _compare(tally, model, graph, batches, spec, spec.score_threshold)
+    compare(tally, model, graph, batches, spec, spec.score_threshold)
     at_threshold = tally.expected
-    _compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
+    compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
     if tally.matched < ENOUGH and not tally.unmatched:
-        _compare(tally, model, graph, batches, spec, 0.0)
+        compare(tally, model, graph, batches, spec, 0.0)
     raw_errors, warnings = _raw_errors(model, graph, batches)
     gates = gates_of(tally, raw_errors)
     broken = _broken(graph, batches, spec)
@@ -48,7 +48,7 @@ def verify(
     )
 
 
-def _compare(
+def compare(
     tally: Tally,
     model,
     graph: GraphUnderTest,
