@@ -1,5 +1,6 @@
 """Errors the deploy commands report in one line, and the exit code each of them means."""
 
+import errno
 import os
 import sys
 import traceback
@@ -26,9 +27,9 @@ def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequ
         argv: arguments without the program name; None means `sys.argv[1:]`. `--debug` among them
             prints the traceback before the line.
     Returns:
-        What `func` returned, or the exception's `exit_code`; 1 if nobody reads what it printed
-        (`| head -1`). Any other exception passes through: it is a bug, and its traceback (exit
-        code 1) is what we want to see.
+        What `func` returned, or the exception's `exit_code`; 1 if what it printed is lost because
+        nobody reads it (`| head -1`) or the disk is full; 130 after Ctrl-C. Any other exception
+        passes through: it is a bug, and its traceback (exit code 1) is what we want to see.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -36,13 +37,24 @@ def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequ
         sys.stdout.flush()  # now: in the interpreter's shutdown nobody could catch it
         return exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for that shutdown
+        _discard_stdout()
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         exit_code = getattr(error, "exit_code", None)
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            _discard_stdout()
+            exit_code = 1
         if exit_code is None:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exit_code
+
+
+def _discard_stdout() -> None:
+    """Python writes what is left in its buffer as it ends, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,7 +39,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Args:
         source: a path (BMP, GIF, JPEG, PNG, TIFF or WebP; first frame), a PIL image, or an array
             (H, W, 3) uint8 in BGR order, which is passed through.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded. Pillow refuses twice its
+            own `PIL.Image.MAX_IMAGE_PIXELS` as well, whatever this says.
     Returns:
         (H, W, 3) uint8, BGR, 0..255. EXIF orientation is applied, alpha is dropped, grey is
         repeated, palette and CMYK are converted.
@@ -55,6 +56,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return _decode(image, str(source), max_pixels)
     except UserError:
         raise
+    except Image.DecompressionBombError as error:  # twice Pillow's own limit
+        raise UserError(f"{source} exceeds the limit of {max_pixels} pixels: {error}") from error
     except Exception as error:  # decoders meet hostile bytes with any exception type
         raise UserError(f"cannot read image {source}: {error or type(error).__name__}") from error
 

@@ -1,0 +1,102 @@
+"""Detections in COCO's result format, for pycocotools, labelling tools and test servers. Stdlib."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from deploy.coco_data import CocoData
+from deploy.errors import UserError
+
+
+class CocoIds:
+    """Image and category ids.
+
+    Args:
+        files: the images.
+        classes: names of the model's classes, in order.
+        annotations: COCO JSON that has the ids; it needs no annotations. Images are found by
+            `file_name`, which may begin with folders; categories by name. None: ids are 1, 2, ...
+            in the order of `files` and `classes`.
+    Raises:
+        UserError: a file is not in the JSON, or more than once; the class names differ; no COCO
+            JSON.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], classes: Sequence[str], annotations: Optional[str] = None
+    ):
+        self.files, self.classes = [str(file) for file in files], list(classes)
+        if annotations is None:
+            self.images = {file: i for i, file in enumerate(self.files, 1)}
+            self.categories = list(range(1, len(self.classes) + 1))
+        else:
+            dataset = _read(Path(annotations))
+            data = CocoData(annotations, dataset["images"], dataset)
+            self.categories = data.category_ids(self.classes)
+            self.images = _image_ids(files, dataset["images"], annotations)
+
+    def results(self, images: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """A dict per detection: image_id, category_id, bbox (x, y, width, height), score, and
+        segmentation (RLE) where the model has masks.
+
+        Args:
+            images: entries of detections.json, see `deploy.predict`.
+        """
+        results = []
+        for image in images:
+            for i, (x1, y1, x2, y2) in enumerate(image["boxes"]):
+                result = {
+                    "image_id": self.images[image["file"]],
+                    "category_id": self.categories[image["labels"][i]],
+                    "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
+                    "score": image["scores"][i],
+                }
+                if "segmentations" in image:
+                    result["segmentation"] = image["segmentations"][i]
+                results.append(result)
+        return results
+
+    def dataset(self, images: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+        """A COCO dataset without annotations that gives the ids their meaning."""
+        return {
+            "images": [
+                {
+                    "id": self.images[image["file"]],
+                    "file_name": image["file"],
+                    "height": image["height"],
+                    "width": image["width"],
+                }
+                for image in images
+            ],
+            "categories": [
+                {"id": i, "name": name} for i, name in zip(self.categories, self.classes)
+            ],
+            "annotations": [],
+        }
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    try:
+        dataset = json.loads(path.read_text(encoding="utf-8"))
+        for image in dataset["images"]:
+            image["id"], image["file_name"].split("/")
+        for category in dataset["categories"]:
+            category["id"], category["name"].strip()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, LookupError) else error
+        raise UserError(f"cannot read {path} as a COCO JSON: {reason}") from error
+    return dataset
+
+
+def _image_ids(files: Sequence[Path], records: Sequence[Dict], source: str) -> Dict[str, Any]:
+    by_name: Dict[str, List[Dict]] = {}
+    for record in records:
+        by_name.setdefault(record["file_name"].split("/")[-1], []).append(record)
+    ids = {}
+    for file in files:
+        path = "/" + file.absolute().as_posix().lstrip("/")
+        found = [r for r in by_name.get(file.name, ()) if path.endswith("/" + r["file_name"])]
+        if len(found) != 1:
+            raise UserError(f"{file} is {len(found)} times among the images of {source}, not once")
+        ids[str(file)] = found[0]["id"]
+    return ids
