@@ -9,6 +9,9 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
 from fgd.errors import DivergedError
+from fgd.features import Level
+from fgd.losses import Weights
+from fgd.methods import FGD
 from fgd.trainer import FGDTrainer
 
 from .training import training_cfg
@@ -54,4 +57,43 @@ def die_on_rank_1() -> int:
     if comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     comm.synchronize()
+    return 0
+
+
+class Distilled(torch.nn.Module):
+    """A convolution under FGD: what is trained when a detector is distilled, in small."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = torch.nn.Conv2d(3, 4, 3, padding=1)
+        levels = [Level("p3", 4, 6)]
+        self.method = FGD(levels, Weights(1.0, 0.5, 0.1, 0.1), 0.5, "padded").double()
+        for parameter in self.method.parameters():  # away from blocks that are the identity
+            torch.nn.init.normal_(parameter, std=0.3)
+        self.double()
+
+    def forward(self, images, teacher, boxes):
+        sizes = [(32, 40)] * len(images)
+        student = {"p3": self.student(images)}
+        return sum(self.method(student, {"p3": teacher}, boxes, sizes, sizes[0]).values())
+
+
+def distillation_batch():
+    generator = torch.Generator().manual_seed(1)
+    images, teacher = (
+        torch.randn(4, channels, 8, 10, dtype=torch.float64, generator=generator)
+        for channels in (3, 6)
+    )
+    corners = torch.rand(4, 3, 2, generator=generator) * 20
+    return images, teacher, list(torch.cat([corners, corners + 9], dim=2))
+
+
+def distil(folder: str) -> int:
+    """Gradients of `Distilled` under DDP, each rank with its share; leaves gradients{r}.pth."""
+    model = torch.nn.parallel.DistributedDataParallel(Distilled())
+    share = slice(2 * comm.get_rank(), 2 * comm.get_rank() + 2)
+    model(*(x[share] for x in distillation_batch())).backward()
+    gradients = {name: x.grad for name, x in model.module.named_parameters()}
+    torch.save(gradients, Path(folder) / f"gradients{comm.get_rank()}.pth")
     return 0

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import yaml
 from detectron2.config import get_cfg
@@ -80,6 +82,7 @@ def test_add_fgd_config_works_on_a_stock_config():
         ("FGD.RELATION_WEIGHT", -1.0, "RELATION_WEIGHT"),
         ("FGD.ATTENTION_WEIGHT", float("nan"), "ATTENTION_WEIGHT"),
         ("FGD.MASK_REFERENCE", "both", "neither"),
+        ("FGD.IMPLEMENTATION", "cuda", "IMPLEMENTATION: 'cuda' is none of 'torch', 'triton'"),
         ("TEACHER.WEIGHTS", "", "WEIGHTS is empty"),
         ("TEACHER.PRECISION", "half", "'half' is not one of float32, bfloat16, float16"),
     ],
@@ -91,6 +94,24 @@ def test_check_config_names_the_key(key, value, message):
     check_config(cfg)
     cfg.merge_from_list([f"MODEL.DISTILLER.{key}", value])
     with pytest.raises(UserError, match=message):
+        check_config(cfg)
+
+
+def test_triton_needs_cuda_and_triton(monkeypatch):
+    cfg = get_fgd_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "teacher.pth"
+    cfg.MODEL.DISTILLER.FGD.IMPLEMENTATION = "triton"
+    cfg.MODEL.DEVICE = "cuda"
+    check_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(UserError, match="IMPLEMENTATION triton needs MODEL.DEVICE cuda, found cpu"):
+        check_config(cfg)
+    cfg.MODEL.DEVICE = "cuda"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "fgd.sweep_triton")
+    monkeypatch.delattr("fgd.sweep_triton")
+    with pytest.raises(UserError, match="IMPLEMENTATION triton: .*triton"):
         check_config(cfg)
 
 

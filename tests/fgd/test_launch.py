@@ -37,6 +37,18 @@ def test_two_cpu_processes_train_one_model_and_stop_together(tmp_path):
     assert moved > 10
 
 
+def test_two_processes_distil_as_one(tmp_path):
+    """DDP's mean of the gradients of two halves of a batch is the whole batch's gradient."""
+    assert launch(ranks.distil, (str(tmp_path),), device="cpu", processes=2) == 0
+    model = ranks.Distilled()
+    model(*ranks.distillation_batch()).backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"gradients{rank}.pth", weights_only=True)
+        assert gradients.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 def test_a_killed_process_ends_the_job(capfd):
     start = time.monotonic()
     with pytest.raises(WorkerError, match="process 1 terminated with signal SIGKILL") as error:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgd.losses import TERMS, FGDLevelLoss, GlobalContext, Weights
+from fgd.fused import fused_terms
+from fgd.losses import TERMS, FGDLevelLoss, GlobalContext, Weights, composed_terms
 from fgd.masks import cell_weights
 from tests import reference
 
@@ -38,12 +39,12 @@ def randomize(module, seed=0):
 
 
 @functools.cache
-def load_golden(path, dtype):
+def load_golden(path, dtype, terms):
     content = np.load(path)
     tensor = {k: torch.from_numpy(content[k]).to(dtype) for k in content.files}
     weights = Weights(*(float(content[k]) for k in ("alpha", "beta", "gamma", "lambda_")))
     channels = tensor["student"].shape[1], tensor["teacher"].shape[1]
-    loss = FGDLevelLoss(*channels, weights, float(content["temperature"])).to(dtype)
+    loss = FGDLevelLoss(*channels, weights, float(content["temperature"]), terms).to(dtype)
     rename = lambda key: key.replace(key.split(".")[0], NAMES[key.split(".")[0]], 1)  # noqa: E731
     parameters = {rename(k[6:]): v for k, v in tensor.items() if k.startswith("param/")}
     loss.load_state_dict(parameters)
@@ -55,8 +56,9 @@ def load_golden(path, dtype):
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_golden_value_and_gradients(path, dtype, tolerance):
-    loss, tensor, gradients, boxes, sizes = load_golden(path, dtype)
+@pytest.mark.parametrize("terms", [fused_terms, composed_terms])
+def test_golden_value_and_gradients(path, dtype, tolerance, terms):
+    loss, tensor, gradients, boxes, sizes = load_golden(path, dtype, terms)
     student = tensor["student"].clone().requires_grad_()
     loss.zero_grad()
     masks = cell_weights(boxes, student.shape[-2:], sizes, dtype)
@@ -124,20 +126,21 @@ coordinate = st.floats(-8, 72, width=32)
     channels=st.tuples(st.integers(1, 5), st.integers(2, 5)),
     temperature=st.floats(0.2, 2.0),
     seed=st.integers(0, 99),
+    terms=st.sampled_from([fused_terms, composed_terms]),
 )
-def test_equals_the_literal_reference(boxes, size, channels, temperature, seed):
+def test_equals_the_literal_reference(boxes, size, channels, temperature, seed, terms):
     boxes = [torch.tensor(b).reshape(-1, 4) for b in boxes]
     sizes = [(64, 64)] * len(boxes)
-    loss = randomize(FGDLevelLoss(*channels, UNIT, temperature).double(), seed)
+    loss = randomize(FGDLevelLoss(*channels, UNIT, temperature, terms).double(), seed)
     student = random(len(boxes), channels[0], *size, seed=seed)
     teacher = random(len(boxes), channels[1], *size, seed=seed + 100)
-    terms = loss(student, teacher, *cell_weights(boxes, size, sizes, torch.float64))
+    found = loss(student, teacher, *cell_weights(boxes, size, sizes, torch.float64))
     wanted = reference.terms(
         student, teacher, boxes, sizes, dict(loss.named_parameters()), temperature
     )
     for name in TERMS:
         torch.testing.assert_close(
-            terms[name], torch.as_tensor(wanted[name], dtype=torch.float64), rtol=1e-9, atol=1e-12
+            found[name], torch.as_tensor(wanted[name], dtype=torch.float64), rtol=1e-9, atol=1e-12
         )
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from fgd.features import Level
+from fgd.fused import fused_terms
 from fgd.losses import TERMS, Weights
-from fgd.methods import FGD, METHOD_REGISTRY
+from fgd.methods import FGD, METHOD_REGISTRY, terms_function
 
 LEVELS = [Level("p3", 4, 4), Level("p4", 2, 4)]
 BOXES = [torch.tensor([[3.0, 3, 30, 20]]), torch.zeros(0, 4)]
@@ -20,9 +21,9 @@ def pyramids(seed=0):
     return maps(4, 2), maps(4, 4)
 
 
-def make(reference="padded"):
+def make(reference="padded", terms=fused_terms):
     torch.manual_seed(3)
-    return FGD(LEVELS, Weights(1.0, 0.5, 0.25, 0.125), 0.5, reference)
+    return FGD(LEVELS, Weights(1.0, 0.5, 0.25, 0.125), 0.5, reference, terms)
 
 
 def test_terms_are_summed_over_levels_and_levels_are_logged():
@@ -44,6 +45,16 @@ def test_mask_reference_changes_only_the_masked_terms():
     assert padded["loss_fgd_foreground"] != image["loss_fgd_foreground"]
     same = make("image")(student, teacher, BOXES, [(32, 64)] * 2, (32, 64))
     torch.testing.assert_close(same["loss_fgd_foreground"], padded["loss_fgd_foreground"])
+
+
+def test_implementations_agree():
+    student, teacher = pyramids()
+    fused, composed = (
+        make(terms=terms_function(name))(student, teacher, BOXES, SIZES, (32, 64))
+        for name in ("torch", "composed")
+    )
+    for name, value in fused.items():
+        torch.testing.assert_close(value, composed[name], rtol=1e-5, atol=0)
 
 
 def test_unequal_grids_name_the_level():

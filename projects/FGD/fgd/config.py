@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .backbones import add_timm_config
 from .data.datasets import add_data_config
 from .errors import UserError
-from .methods import METHOD_REGISTRY
+from .methods import METHOD_REGISTRY, terms_function
 from .solver import add_solver_config
 from .yaml_config import SafeCfgNode, parse_yaml
 
@@ -69,6 +69,9 @@ def _distiller_node(Node) -> CfgNode:
     # Pixels that a feature map spans: "padded" = the padded batch, geometrically right;
     # "image" = each image's own size, the authors' scaling, which stretches masks under padding.
     distiller.FGD.MASK_REFERENCE = "padded"
+    # What computes the terms, with equal results: "torch"; "triton", kernels for NVIDIA GPUs that
+    # have not run on one yet, hence not the default; "composed", the slow definition.
+    distiller.FGD.IMPLEMENTATION = "torch"
     return distiller
 
 
@@ -164,6 +167,12 @@ def check_config(cfg: CfgNode) -> None:
         )
     if not node.FGD.TEMPERATURE > 0:
         raise UserError(f"MODEL.DISTILLER.FGD.TEMPERATURE: {node.FGD.TEMPERATURE} is not above 0")
+    terms_function(node.FGD.IMPLEMENTATION)
+    if node.FGD.IMPLEMENTATION == "triton" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            "MODEL.DISTILLER.FGD.IMPLEMENTATION triton needs MODEL.DEVICE cuda, found "
+            f"{cfg.MODEL.DEVICE}"
+        )
     for key, value in node.FGD.items():
         if key.endswith("_WEIGHT") and not 0 <= value < float("inf"):
             raise UserError(f"MODEL.DISTILLER.FGD.{key}: {value} is not a finite weight >= 0")

@@ -9,17 +9,45 @@ A method is an nn.Module that owns whatever it trains beside the student:
 ``method.level_totals`` maps each level to its detached total, for logging.
 """
 
-from typing import Dict, List, Sequence, Tuple
+from functools import partial
+from typing import Callable, Dict, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .errors import UserError
 from .features import Level
-from .losses import FGDLevelLoss, Weights
+from .fused import fused_terms
+from .losses import FGDLevelLoss, Weights, composed_terms
 from .masks import cell_weights
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
+
+
+def terms_function(implementation: str) -> Callable[..., Dict[str, Tensor]]:
+    """What computes a level's four terms; the values and gradients are the same.
+
+    "torch": one fused operation in plain PyTorch. "triton": the same with kernels for an NVIDIA
+    GPU. "composed": the readable definition, several times slower and larger in memory.
+
+    Raises:
+        UserError: none of these, or Triton is not installed.
+    """
+    if implementation == "torch":
+        return fused_terms
+    if implementation == "composed":
+        return composed_terms
+    if implementation != "triton":
+        raise UserError(
+            f"MODEL.DISTILLER.FGD.IMPLEMENTATION: {implementation!r} is none of 'torch', 'triton' "
+            "and 'composed'"
+        )
+    try:
+        from . import sweep_triton
+    except ImportError as error:
+        raise UserError(f"MODEL.DISTILLER.FGD.IMPLEMENTATION triton: {error}") from error
+    return partial(fused_terms, kernels=sweep_triton)
 
 
 @METHOD_REGISTRY.register()
@@ -29,17 +57,23 @@ class FGD(nn.Module):
     Args:
         levels: names and channels. weights: of the four terms. temperature: > 0.
         mask_reference: "padded" or "image", see `fgd.masks.cell_weights`.
+        terms: how a level's terms are computed, see `terms_function`.
     """
 
     def __init__(
-        self, levels: Sequence[Level], weights: Weights, temperature: float, mask_reference: str
+        self,
+        levels: Sequence[Level],
+        weights: Weights,
+        temperature: float,
+        mask_reference: str,
+        terms: Callable[..., Dict[str, Tensor]] = fused_terms,
     ):
         super().__init__()
         self.mask_reference = mask_reference
         self.levels = nn.ModuleDict(
             {
                 level.name: FGDLevelLoss(
-                    level.student_channels, level.teacher_channels, weights, temperature
+                    level.student_channels, level.teacher_channels, weights, temperature, terms
                 )
                 for level in levels
             }
@@ -55,7 +89,8 @@ class FGD(nn.Module):
             node.ATTENTION_WEIGHT,
             node.RELATION_WEIGHT,
         )
-        return cls(levels, weights, node.TEMPERATURE, node.MASK_REFERENCE)
+        terms = terms_function(node.IMPLEMENTATION)
+        return cls(levels, weights, node.TEMPERATURE, node.MASK_REFERENCE, terms)
 
     def forward(
         self,
