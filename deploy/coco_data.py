@@ -36,6 +36,17 @@ class CocoData:
             )
         return [ids[name] for name in classes]
 
+    def without_mask(self) -> int:
+        """How many of the true boxes have no mask, as polygons or RLE, to measure mask AP with."""
+        return sum(not _is_mask(a.get("segmentation")) for a in self.truth["annotations"])
+
+
+def _is_mask(segmentation) -> bool:
+    """COCO's forms: {"size", "counts"}, or polygons of three corners or more."""
+    if isinstance(segmentation, dict):
+        return {"size", "counts"} <= set(segmentation)
+    return bool(segmentation) and all(len(p) >= 6 and len(p) % 2 == 0 for p in segmentation)
+
 
 def load_dataset(dataset: str, images: Optional[str] = None) -> CocoData:
     """A dataset by the path of its COCO JSON, or by its registered name.

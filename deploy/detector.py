@@ -1,11 +1,12 @@
 """Detector: images in, detections out, wherever the graph runs. numpy and Pillow only."""
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deploy.errors import UserError
+from deploy.paste import paste_mask
 from deploy.preprocess import (
     MAX_PIXELS,
     ImageSource,
@@ -14,7 +15,7 @@ from deploy.preprocess import (
     prepare,
     resized_shape,
 )
-from deploy.spec import ModelSpec
+from deploy.spec import MASKS, ModelSpec
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Detections:
     boxes (R, 4) float32 xyxy in pixels of the original image, inside it, none of them empty;
     scores (R,) float32 in [0, 1], descending; labels (R,) int64 indexing the spec's `classes`;
     size (height, width) of the original image; input_size (height, width) the network saw;
-    shrunk: a fixed canvas made that smaller than Detectron2 would have (expect lower accuracy).
+    shrunk: a fixed canvas made that smaller than Detectron2 would have (expect lower accuracy);
+    masks (R, M, M) float32, probabilities on a grid over each box; None if the model has none.
     """
 
     boxes: np.ndarray
@@ -33,6 +35,13 @@ class Detections:
     size: Tuple[int, int]
     input_size: Tuple[int, int]
     shrunk: bool = False
+    masks: Optional[np.ndarray] = None
+
+    def bitmaps(self) -> Iterator[np.ndarray]:
+        """Each detection's mask on the whole image, (height, width) bool, pasted as Detectron2
+        does. One at a time: all of a large image would not fit into memory. None without masks."""
+        for mask, box in zip(() if self.masks is None else self.masks, self.boxes):
+            yield paste_mask(mask, box, self.size)
 
 
 class Detector:
@@ -86,8 +95,10 @@ class Detector:
     def _detections(self, rows, size, input_size) -> Detections:
         count = int(rows["num_dets"][0])
         boxes, scores, labels = (rows[name][:count] for name in ("boxes", "scores", "labels"))
+        masks = rows[MASKS][:count] if self.spec.mask_size else None
         # all scores: an image that the network failed on has no detection, but scores of NaN
-        if not (np.isfinite(boxes).all() and np.isfinite(rows["scores"]).all()):
+        finite = [boxes, rows["scores"], *([] if masks is None else [masks])]
+        if not all(np.isfinite(values).all() for values in finite):
             raise UserError(
                 f"{self.name} gives NaN or infinity for an image of {size}: its "
                 "weights are damaged, or it overflows on this provider"
@@ -103,7 +114,8 @@ class Detector:
             keep &= scores >= self.min_score
         shrunk = input_size != resized_shape(*size, self.spec.min_size, self.spec.max_size)
         labels = labels[keep].astype(np.int64)
-        return Detections(boxes[keep], scores[keep], labels, size, input_size, shrunk)
+        masks = None if masks is None else masks[keep]
+        return Detections(boxes[keep], scores[keep], labels, size, input_size, shrunk, masks)
 
 
 def rescale(boxes: np.ndarray, input_size: Tuple[int, int], size: Tuple[int, int]) -> np.ndarray:

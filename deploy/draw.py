@@ -1,7 +1,7 @@
-"""Pictures of detections: boxes, class names, scores. numpy and Pillow only."""
+"""Pictures of detections: boxes, masks, class names, scores. numpy and Pillow only."""
 
 import colorsys
-from typing import Optional, Sequence, Tuple
+from typing import Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -22,20 +22,22 @@ def draw_detections(
     labels: Sequence[int],
     classes: Sequence[str],
     scores: Optional[Sequence[float]] = None,
+    masks: Iterable[np.ndarray] = (),
 ) -> Image.Image:
-    """Draw boxes on a copy of the image.
+    """Draw boxes, and masks in their class's colour beneath them, on a copy of the image.
 
     Args:
         image: (H, W, 3) uint8 BGR.
         boxes: (R, 4) xyxy in pixels of `image`; R may be 0.
         labels: (R,) indices into `classes`.
         scores: (R,) in [0, 1]; None for ground truth. The best end up on top.
+        masks: (H, W) bool, one per box, or none at all.
     Returns:
         RGB picture; an image under 480 pixels is enlarged by a whole factor.
     """
     height, width = image.shape[:2]
     zoom = -(-_LONGEST_SIDE // max(height, width))
-    picture = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+    picture = Image.fromarray(_tinted(image[:, :, ::-1], masks, labels))
     if zoom > 1:
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
@@ -46,6 +48,15 @@ def draw_detections(
         text = classes[labels[i]] if scores is None else f"{classes[labels[i]]} {scores[i]:.2f}"
         _draw_box(draw, np.asarray(boxes[i], float) * zoom, text, class_colour(labels[i]), font)
     return picture
+
+
+def _tinted(image: np.ndarray, masks: Iterable[np.ndarray], labels: Sequence[int]) -> np.ndarray:
+    """A copy of the RGB image, half of every mask's pixels the colour of its class."""
+    pixels = np.array(image)
+    for mask, label in zip(masks, labels):
+        colour = np.array(class_colour(label))
+        pixels[mask] = ((pixels[mask].astype(int) + colour) // 2).astype(np.uint8)
+    return pixels
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, box, text: str, colour, font) -> None:

@@ -8,6 +8,7 @@ from detectron2.data import DatasetMapper
 
 from deploy.errors import UserError
 from deploy.load import load_student
+from deploy.paste import encode_rle
 
 
 class EagerDetector:
@@ -29,8 +30,9 @@ class EagerDetector:
         self.model = self.student.model.to(device)
         self._read = DatasetMapper(self.student.cfg, is_train=False)
 
-    def detect(self, record: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes (R, 4) xyxy in pixels of the image, scores (R,), labels (R,) of one image.
+    def detect(self, record: Dict[str, Any]) -> Tuple:
+        """Boxes (R, 4) xyxy in pixels of the image, scores (R,), labels (R,) of one image, and the
+        masks as COCO's RLE (None without a mask head).
 
         Args:
             record: "file", "height", "width", "id" of deploy.coco_data.CocoData.images.
@@ -38,10 +40,12 @@ class EagerDetector:
         size = {key: record[key] for key in ("height", "width")}
         inputs = self._read({"file_name": record["file"], "image_id": record["id"], **size})
         (instances,) = self.run([inputs])
+        masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
         return (
             instances.pred_boxes.tensor.numpy(),
             instances.scores.numpy(),
             instances.pred_classes.numpy(),
+            masks if masks is None else [encode_rle(mask) for mask in masks],
         )
 
     def run(self, inputs: Sequence[Dict[str, Any]]) -> List:

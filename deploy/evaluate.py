@@ -1,4 +1,4 @@
-"""Command: COCO AP of an exported graph, and of the PyTorch student on the same images.
+"""Command: COCO AP of an exported graph, boxes and masks, and of the PyTorch student beside it.
 
 The graph side needs numpy, Pillow, onnxruntime and pycocotools; Detectron2 is imported only for
 --checkpoint and for registered dataset names.
@@ -14,6 +14,7 @@ from deploy.coco_ap import METRICS, Result, coco_metrics
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
+from deploy.paste import encode_rle
 from deploy.predict import SHRUNK, show_progress
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
@@ -37,6 +38,7 @@ def evaluate_graph(
         UserError: class names differ; an image is missing, damaged or of another size than the
             dataset says (its boxes would not fit).
     """
+    with_masks = has_mask_ap(detector.spec, data)
     missing = [record["file"] for record in data.images if not Path(record["file"]).is_file()]
     if missing:
         raise UserError(f"{data.name}: {len(missing)} images are missing, first {missing[0]}")
@@ -50,11 +52,17 @@ def evaluate_graph(
             for record, detections in zip(records, found, strict=True):
                 _check_size(record, detections.size)
                 shrunk += detections.shrunk
-                yield detections.boxes, detections.scores, detections.labels
+                masks = list(map(encode_rle, detections.bitmaps())) if with_masks else None
+                yield Result(detections.boxes, detections.scores, detections.labels, masks)
             show_progress(start + len(records), len(data.images))
 
     metrics = coco_metrics(data, detector.spec.classes, results())
     return metrics, shrunk
+
+
+def has_mask_ap(spec: ModelSpec, data: CocoData) -> bool:
+    """Whether mask AP can be measured: the graph and every true box have masks."""
+    return bool(spec.mask_size) and not data.without_mask()
 
 
 def load_eager(checkpoint, spec: ModelSpec):
@@ -73,10 +81,12 @@ def load_eager(checkpoint, spec: ModelSpec):
 
 def evaluate_eager(eager, data: CocoData) -> Dict[str, Any]:
     """COCO metrics of a student in PyTorch, as Detectron2 reads, resizes and runs it."""
+    without_mask = data.without_mask()
 
     def results() -> Iterator[Result]:
         for i, record in enumerate(data.images):
-            yield eager.detect(record)
+            result = Result(*eager.detect(record))
+            yield result._replace(masks=None) if without_mask else result
             show_progress(i + 1, len(data.images))
 
     return coco_metrics(data, eager.classes, results())
@@ -91,11 +101,16 @@ def _check_size(record: Dict[str, Any], size: Tuple[int, int]) -> None:
 
 
 def compare(graph: Dict[str, Any], pytorch: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """Metric to {"onnx"} or {"onnx", "pytorch", "difference"}; classes as "AP-name", NaN: None."""
+    """Metric to {"onnx"} or {"onnx", "pytorch", "difference"}; NaN as None.
+
+    Classes are called "AP-name"; of masks all names begin with "mask ".
+    """
 
     def flat(metrics):
         per_class = {f"AP-{name}": ap for name, ap in metrics["per_class"].items()}
-        return {name: metrics[name] for name in METRICS} | per_class
+        rows = {name: metrics[name] for name in METRICS} | per_class
+        masks = flat(metrics["masks"]) if "masks" in metrics else {}
+        return rows | {f"mask {name}": value for name, value in masks.items()}
 
     rows = {name: {"onnx": value} for name, value in flat(graph).items()}
     for name, value in flat(pytorch).items() if pytorch else ():
@@ -166,18 +181,25 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     report = evaluate(detector, data, eager, args.batch_size)
     print(f"{report['dataset']}: {report['images']} images, {report['onnx_seconds']} s")
     print(format_table(report["metrics"]))
+    if detector.spec.mask_size and not has_mask_ap(detector.spec, data):
+        print(f"no mask AP: {data.without_mask()} boxes of {data.name} have no mask")
     if report["shrunk"]:
         print(f"{report['shrunk']} {SHRUNK}")
     if args.output:
         write_json(args.output, report)
-    difference = report["metrics"]["AP"].get("difference", 0.0)
+    for name in ("AP", "mask AP"):
+        _check_difference(args, report, name)
+    return 0
+
+
+def _check_difference(args, report: Dict[str, Any], name: str) -> None:
+    difference = report["metrics"].get(name, {}).get("difference", 0.0)
     if abs(difference) > MAX_AP_DIFFERENCE:
         raise ParityError(
-            f"AP of {args.model} is {difference:+.3f} points from {args.checkpoint}, more than "
+            f"{name} of {args.model} is {difference:+.3f} points from {args.checkpoint}, more than "
             f"{MAX_AP_DIFFERENCE}"
             + (f"; {report['shrunk']} images {SHRUNK}" if report["shrunk"] else "")
         )
-    return 0
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "deploy.detector": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.client": TRAINING | {"onnx", "onnxruntime", "pycocotools", "tritonclient"},
     "deploy.triton_repository": TRAINING | {"onnx", "pycocotools"},
+    "deploy.paste": TRAINING | {"PIL", "onnx", "onnxruntime", "pycocotools"},
     "deploy.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
     "deploy.predict": TRAINING | {"onnx", "pycocotools"},

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from deploy.coco_ap import METRICS, coco_metrics
 from deploy.coco_data import load_dataset
+from deploy.paste import encode_rle
 from tests.deploy.coco_files import SIZES, write_dataset
 from tests.deploy.fake_graph import CLASSES, FRACTIONS
 
@@ -71,28 +72,51 @@ def test_a_result_per_image_is_demanded(data):
         coco_metrics(data, CLASSES, [NOTHING] * 2)
 
 
-def test_equals_detectron2s_evaluator(data, tmp_path):
+def bitmap(box, size):
+    """The lower right half of a box, cut along its diagonal."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    across, down = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])
+    return (across + down > 1) & (across < 1) & (down < 1)
+
+
+def add_masks(data):
+    """The same shape as polygons, given to every true box."""
+    for annotation in data.truth["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        corners = [x + width, y, x + width, y + height, x, y + height]
+        annotation |= {"segmentation": [corners], "area": width * height / 2}
+    assert data.without_mask() == 0
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_equals_detectron2s_evaluator(data, tmp_path, kind):
     """Its class order is by category id: square 3, circle 7, triangle 12."""
+    add_masks(data)
     by_id = [CLASSES.index(name) for name in ("square", "circle", "triangle")]
     path = tmp_path / "complete.json"
     path.write_text(json.dumps(data.truth))
     register_coco_instances("serve_ap", {}, str(path), str(tmp_path / "images"))
     try:
         DatasetCatalog.get("serve_ap")  # sets the metadata's table of category ids
-        evaluator = COCOEvaluator("serve_ap", ["bbox"], use_fast_impl=False, distributed=False)
+        evaluator = COCOEvaluator("serve_ap", [kind], use_fast_impl=False, distributed=False)
         evaluator.reset()
-        results = [noisy(size, seed) for seed, size in enumerate(SIZES)]
+        results, with_masks = [noisy(size, seed) for seed, size in enumerate(SIZES)], []
         for record, (boxes, scores, labels) in zip(data.images, results, strict=True):
             instances = Instances((record["height"], record["width"]))
             instances.pred_boxes = Boxes(torch.from_numpy(boxes))
             instances.scores = torch.from_numpy(scores)
             instances.pred_classes = torch.tensor([by_id.index(label) for label in labels])
+            masks = [bitmap(box, instances.image_size) for box in boxes]
+            instances.pred_masks = torch.from_numpy(np.stack(masks))
+            with_masks.append((boxes, scores, labels, [encode_rle(mask) for mask in masks]))
             evaluator.process([{"image_id": record["id"]}], [{"instances": instances}])
-        expected = evaluator.evaluate()["bbox"]
+        expected = evaluator.evaluate()[kind]
     finally:
         DatasetCatalog.remove("serve_ap")
         MetadataCatalog.remove("serve_ap")
-    actual = coco_metrics(data, CLASSES, results)
+    actual = coco_metrics(data, CLASSES, with_masks)
+    assert coco_metrics(data, CLASSES, results)["AP"] == actual["AP"] != actual["masks"]["AP"]
+    actual = actual["masks"] if kind == "segm" else actual
     assert 5 < expected["AP"] < 95
     for name in METRICS:
         assert actual[name] == pytest.approx(expected[name], abs=1e-9, nan_ok=True)

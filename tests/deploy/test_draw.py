@@ -37,6 +37,15 @@ def test_bgr_becomes_rgb():
     assert picture.mode == "RGB" and picture.getpixel((250, 250)) == (0, 0, 255)
 
 
+def test_masks_are_half_their_class_colour():
+    image, mask = grey(500, 600), np.zeros((500, 600), bool)
+    mask[210:300, 110:200] = True
+    boxes, labels = [[100, 200, 300, 400]], [1]
+    picture = np.asarray(draw_detections(image, boxes, labels, CLASSES, [0.9], iter([mask])))
+    assert tuple(picture[250, 150]) == tuple((90 + value) // 2 for value in class_colour(1))
+    assert (picture[350, 150:280] == 90).all() and (image == 90).all()
+
+
 def test_best_score_is_drawn_last():
     boxes, scores = [[100, 100, 200, 200]] * 2, [0.9, 0.3]
     for labels in ([0, 1], [1, 0]):

@@ -113,10 +113,13 @@ def write_scenes(folder, eager):
         Image.fromarray(scene[:, :, ::-1]).save(folder / "images" / name)
         images.append({"id": i, "file_name": name, "height": height, "width": width})
         record = {"file": str(folder / "images" / name), **images[-1]}
-        boxes, _, labels = (values[::3].tolist() for values in eager.detect(record))
-        for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
-            box = [x1, y1, x2 - x1, y2 - y1]
+        boxes, _, labels, masks = eager.detect(record)
+        for row in range(0, len(boxes), 3):
+            x1, y1, x2, y2 = boxes[row].tolist()
+            box, label = [x1, y1, x2 - x1, y2 - y1], int(labels[row])
             entry = {"id": len(annotations), "image_id": i, "category_id": label, "bbox": box}
+            if masks:
+                entry["segmentation"] = masks[row]
             annotations.append(entry)
     categories = [{"id": i, "name": name} for i, name in enumerate(eager.classes)]
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -138,6 +141,26 @@ def test_graph_and_checkpoint_reach_the_same_ap(exported, tmp_path, arch, capsys
         assert row["onnx"] is None or abs(row["difference"]) < 0.05
     assert report["checkpoint_sha256"] == student.spec.hashes["checkpoint_sha256"]
     assert "pytorch" in capsys.readouterr().out
+
+
+def test_mask_ap_of_graph_and_checkpoint(tiny, tmp_path, capsys):
+    """Then the same without the masks of the dataset: box AP alone, and the reason is said."""
+    student, out = tiny("Mask R-CNN"), tmp_path / "r.json"
+    eager = evaluate.load_eager(student.checkpoint, student.spec)
+    dataset = write_scenes(tmp_path, eager)
+    options = ("--dataset", dataset, "--checkpoint", student.checkpoint, "--output", out)
+    assert run(student.path, *options) == 0
+    metrics = json.loads(out.read_text())["metrics"]
+    assert 10 < metrics["mask AP"]["pytorch"] < 90 and "mask AP-star" in metrics
+    assert abs(metrics["mask AP"]["difference"]) < 0.05
+    assert metrics["mask AP"]["onnx"] != metrics["AP"]["onnx"]
+    assert "no mask AP" not in capsys.readouterr().out
+    content = json.loads(dataset.read_text())
+    del content["annotations"][3]["segmentation"]
+    dataset.write_text(json.dumps(content))
+    assert run(student.path, "--dataset", dataset, "--output", out) == 0
+    assert "mask AP" not in json.loads(out.read_text())["metrics"]
+    assert f"no mask AP: 1 boxes of {dataset} have no mask" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_other_classes_is_refused(exported, tmp_path, capsys):

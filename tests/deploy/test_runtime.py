@@ -230,6 +230,24 @@ def test_image_files_give_what_default_predictor_gives(exported, tmp_path, arch,
     assert_same_detections(found, expected)
 
 
+@pytest.mark.parametrize("size", [(240, 320), (81, 108)])
+def test_masks_are_pasted_as_default_predictor_does(tiny, tmp_path, size):
+    student, path = tiny("Mask R-CNN"), tmp_path / "scene.png"
+    Image.fromarray(draw_scene(np.random.default_rng(8), size)).save(path)
+    expected = default_predictor(student)(read_image(str(path), "BGR"))["instances"]
+    (found,) = OrtDetector(student.path, min_score=0.3).detect([path])
+    assert len(found.scores) >= 5 and found.masks.shape == (len(found.scores), 14, 14)
+    boxes = expected.pred_boxes.tensor.numpy()
+    pixels = 0
+    for mask, box, label in zip(found.bitmaps(), found.boxes, found.labels, strict=True):
+        distance = np.abs(boxes - box).max(axis=1) + 1e6 * (expected.pred_classes.numpy() != label)
+        wanted = expected.pred_masks[int(distance.argmin())].numpy()
+        assert mask.shape == wanted.shape == size
+        assert (mask != wanted).sum() <= 1 + wanted.sum() / 1000  # rounding at exactly one half
+        pixels += wanted.sum()
+    assert pixels > 1000, "vacuous: the masks are empty"
+
+
 @pytest.mark.parametrize("size", [(150, 110), (300, 200), (77, 240), (64, 64)])
 @pytest.mark.parametrize("fixture", ["dynamic_retinanet", "agnostic_rcnn"])
 def test_any_size_on_a_dynamic_canvas_as_default_predictor(request, fixture, size):
