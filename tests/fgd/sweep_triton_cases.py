@@ -224,7 +224,7 @@ FAULTS = [
     ("d - mean[:, None], 0.0", "d, 0.0"),
     ("squared += apart * apart", "squared += 0 * apart"),
     ("tl.exp(highest - tl.max(highest, axis=0))", "tl.exp(highest - highest)"),
-    ("2, 5, images_runs) * P", "2, 5, images_runs)"),
+    ("2, 5, step) * P", "2, 5, step)"),
     ("apart * apart * size[:, None]", "apart * size[:, None]"),
     ("row = n * (stride_n", "row = 0 * (stride_n"),
     ("along_s - mean_s", "along_s"),

@@ -43,6 +43,13 @@ def _tile(base, offsets, inside, dtype: tl.constexpr):
 
 
 @triton.jit
+def _store_rows(row, step, values, mask):
+    """Store a tuple of vectors in rows that are ``step`` apart."""
+    for i in tl.static_range(len(values)):
+        tl.store(row + i * step, values[i], mask=mask)
+
+
+@triton.jit
 def cell_sums(
     student, teacher, weight_student, weight_teacher, by_cell,
     s_n, s_c, s_p, t_n, t_c, t_p, weight_n, C, P,
@@ -67,10 +74,7 @@ def cell_sums(
         dot_s += tl.sum(s * w_s[:, None], axis=0)
         dot_t += tl.sum(t * w_t[:, None], axis=0)
     row, rows = by_cell + n * P + p, images.to(tl.int64) * P
-    tl.store(row, size_s, mask=real)
-    tl.store(row + rows, size_t, mask=real)
-    tl.store(row + 2 * rows, dot_s, mask=real)
-    tl.store(row + 3 * rows, dot_t, mask=real)
+    _store_rows(row, rows, (size_s, size_t, dot_s, dot_t), real)
 
 
 @triton.jit
@@ -129,10 +133,8 @@ def forward(
             logits_s = tl.sum(s * w_s[:, None], axis=0)
             logits_t = tl.sum(t * w_t[:, None], axis=0)
             response = tl.sum(tl.abs(t), axis=0)
-            tl.store(row, tl.sum(tl.abs(s), axis=0), mask=real)
-            tl.store(row + rows, response, mask=real)
-            tl.store(row + 2 * rows, logits_s, mask=real)
-            tl.store(row + 3 * rows, logits_t, mask=real)
+            found = (tl.sum(tl.abs(s), axis=0), response, logits_s, logits_t)
+            _store_rows(row, rows, found, real)
         else:
             response = tl.load(row + rows, mask=real, other=0.0)
             logits_s = tl.load(row + 2 * rows, mask=real, other=0.0)
@@ -165,22 +167,11 @@ def forward(
         outer = outer * shrink + tl.sum(d * weight[None, :], axis=1)
 
     row, rows = sums + (n * runs + number) * C + c, images * runs * C
-    tl.store(row, size_s, mask=c < C)
-    tl.store(row + rows, size_t, mask=c < C)
-    tl.store(row + 2 * rows, context_s, mask=c < C)
-    tl.store(row + 3 * rows, context_t, mask=c < C)
-    tl.store(row + 4 * rows, error, mask=c < C)
-    tl.store(row + 5 * rows, squared, mask=c < C)
-    tl.store(row + 6 * rows, inner, mask=c < C)
-    tl.store(row + 7 * rows, outer, mask=c < C)
+    found = (size_s, size_t, context_s, context_t, error, squared, inner, outer)
+    _store_rows(row, rows, found, c < C)
     row, rows = softmaxes + n * runs + number, images * runs
-    once = block == 0  # all blocks of channels have the same
-    tl.store(row, high_s, mask=once)
-    tl.store(row + rows, high_t, mask=once)
-    tl.store(row + 2 * rows, high_a, mask=once)
-    tl.store(row + 3 * rows, total_s, mask=once)
-    tl.store(row + 4 * rows, total_t, mask=once)
-    tl.store(row + 5 * rows, total_a, mask=once)
+    # All blocks of channels have the same.
+    _store_rows(row, rows, (high_s, high_t, high_a, total_s, total_t, total_a), block == 0)
 
 
 @triton.jit
@@ -193,6 +184,13 @@ def _shares(softmaxes, offset, real, maximum, total, rows):
 
 
 @triton.jit
+def _add_runs(source, target, weights, inside, real):
+    """Sum the runs [runs, channels] under their weights."""
+    part = tl.load(source, mask=inside, other=0.0) * weights[:, None]
+    tl.store(target, tl.sum(part, axis=0), mask=real)
+
+
+@triton.jit
 def merge(
     sums, softmaxes, by_channel, runs, C, P, run, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -201,35 +199,30 @@ def merge(
     dtype: tl.constexpr = sums.dtype.element_ty
     r = tl.arange(0, BLOCK_R)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (r < runs)[:, None] & (c < C)[None, :]
-    source = sums + (n * runs + r[:, None]) * C + c[None, :]
-    target, row, rows = by_channel + n * C + c, images * runs * C, images * C
+    real = c < C
+    inside = (r < runs)[:, None] & real[None, :]
+    source, row = sums + (n * runs + r[:, None]) * C + c[None, :], images * runs * C
+    target, rows = by_channel + n * C + c, images * C
 
-    tl.store(target, tl.sum(tl.load(source, mask=inside, other=0.0), axis=0), mask=c < C)
-    part = tl.load(source + row, mask=inside, other=0.0)
-    tl.store(target + rows, tl.sum(part, axis=0), mask=c < C)
-
-    offset, images_runs = n * runs + r, images * runs
-    shares = _shares(softmaxes, offset, r < runs, 0, 3, images_runs)
-    part = tl.load(source + 2 * row, mask=inside, other=0.0) * shares[:, None]
-    tl.store(target + 2 * rows, tl.sum(part, axis=0), mask=c < C)
-    shares = _shares(softmaxes, offset, r < runs, 1, 4, images_runs)
-    part = tl.load(source + 3 * row, mask=inside, other=0.0) * shares[:, None]
-    tl.store(target + 3 * rows, tl.sum(part, axis=0), mask=c < C)
+    ones = tl.full([BLOCK_R], 1.0, dtype)
+    _add_runs(source, target, ones, inside, real)
+    _add_runs(source + row, target + rows, ones, inside, real)
+    offset, step = n * runs + r, images * runs
+    shares = _shares(softmaxes, offset, r < runs, 0, 3, step)
+    _add_runs(source + 2 * row, target + 2 * rows, shares, inside, real)
+    shares = _shares(softmaxes, offset, r < runs, 1, 4, step)
+    _add_runs(source + 3 * row, target + 3 * rows, shares, inside, real)
+    shares = _shares(softmaxes, offset, r < runs, 2, 5, step) * P
+    _add_runs(source + 6 * row, target + 6 * rows, shares, inside, real)
+    _add_runs(source + 7 * row, target + 7 * rows, shares, inside, real)
 
     error = tl.load(source + 4 * row, mask=inside, other=0.0)
     total = tl.sum(error, axis=0)
-    tl.store(target + 4 * rows, total, mask=c < C)
+    tl.store(target + 4 * rows, total, mask=real)
     size = tl.maximum(tl.minimum(P - r * run, run), 1).to(dtype)
     apart = tl.where(inside, error / size[:, None] - (total / P)[None, :], 0.0)
     part = tl.load(source + 5 * row, mask=inside, other=0.0) + apart * apart * size[:, None]
-    tl.store(target + 5 * rows, tl.sum(part, axis=0), mask=c < C)
-
-    shares = _shares(softmaxes, offset, r < runs, 2, 5, images_runs) * P
-    part = tl.load(source + 6 * row, mask=inside, other=0.0) * shares[:, None]
-    tl.store(target + 6 * rows, tl.sum(part, axis=0), mask=c < C)
-    part = tl.load(source + 7 * row, mask=inside, other=0.0) * shares[:, None]
-    tl.store(target + 7 * rows, tl.sum(part, axis=0), mask=c < C)
+    tl.store(target + 5 * rows, tl.sum(part, axis=0), mask=real)
 
 
 @triton.jit
@@ -293,5 +286,4 @@ def backward(
         tl.store(target, grad.to(gradient.dtype.element_ty), mask=inside)
 
     row, rows = sums + (n * runs + number) * C + c, images * runs * C
-    tl.store(row, grad_s, mask=c < C)
-    tl.store(row + rows, grad_t, mask=c < C)
+    _store_rows(row, rows, (grad_s, grad_t), c < C)
