@@ -21,8 +21,11 @@ from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
 from deploy.inventory import take_inventory
 from deploy.load import Student, load_student
+from deploy.precision import FILES as REDUCED_FILES
+from deploy.precision import PRECISIONS, Reduction, add_precision, require_all_passed
 from deploy.predict import find_images
 from deploy.preprocess import load_image, prepare
+from deploy.quantize import RECIPES
 from deploy.spec import ModelSpec
 from deploy.verify import verify
 from deploy.verify_report import VerifyReport
@@ -30,12 +33,13 @@ from deploy.verify_report import VerifyReport
 _EXAMPLES = """examples:
   python deploy/export.py output/model_final.pth
   python deploy/export.py model_final.pth --size 480 640 --dynamic none --images photos/
+  python deploy/export.py model_final.pth --precision int8 --calibration photos/ --dataset test.json
 
 Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its contract), report.json.
 Exit codes: 0 verified; 2 something about the command, config or checkpoint; 4 the graph could not
 be shown to equal the model (it is then kept as model.failed.onnx, for inspection only).
 """
-_FILES = ("model.onnx", "model.json", "report.json", "model.failed.onnx")
+_GRAPH_FILES = ("model.onnx", "model.json", "model.failed.onnx", *REDUCED_FILES)
 _PACKAGES = ("fgd", "detectron2", "torch", "onnx", "onnxscript")
 _MOST_IMAGES = 30  # of --images, evenly spaced: each is run by Detectron2 as well
 
@@ -51,6 +55,7 @@ def export(
     input_dtype: str = "float32",
     images=None,
     force: bool = False,
+    reduction: Optional[Reduction] = None,
 ) -> VerifyReport:
     """Export, verify, and only then give the file its name.
 
@@ -62,11 +67,14 @@ def export(
         score_threshold: replaces the config's.  input_dtype: "float32" or "uint8".
         images: folder of images to verify on, beside the built-in ones.
         force: replace an earlier export.
+        reduction: what to make beside the float32 graph; default nothing.
     Returns:
-        The passed report; `output` then holds model.onnx, model.json and report.json.
+        The passed report; `output` then holds model.onnx, model.json and report.json, and the same
+        of each precision asked for: model.fp16.onnx, ...
     Raises:
         UserError: bad input, or an earlier export is there.
         ParityError: not shown to be equal; `output` then holds model.failed.onnx and report.json.
+            Or a precision costs too much: model.onnx is there, and model.int8.failed.onnx, say.
     """
     checkpoint = Path(checkpoint)
     output = Path(output) if output else checkpoint.with_name(f"{checkpoint.stem}_onnx")
@@ -75,6 +83,8 @@ def export(
     detector = exportable(student.model)
     spec = make_spec(student, detector, size, dynamic, input_dtype)
     pixels = _read_images(images, spec) if images else None
+    reduction = reduction or Reduction()
+    inputs = reduction.open(student.classes)
     make_folder(output)
     print(f"config: {student.config_source}")
     for key, (count, size_bytes) in student.dropped.items():
@@ -91,6 +101,11 @@ def export(
         kept = output / "model.failed.onnx"
         raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
     print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
+    reduced = details["precisions"] = {}
+    for precision in reduction.precisions:
+        reduced[precision] = add_precision(precision, output, student, spec, inputs, pixels)
+        write_json(output / "report.json", details)
+    require_all_passed(reduced)
     return report
 
 
@@ -147,7 +162,8 @@ def make_spec(
 
 
 def _refuse_existing(output: Path, force: bool) -> None:
-    found = [name for name in _FILES if (output / name).exists()]
+    names = (*_GRAPH_FILES, "report.json")
+    found = [name for name in names if (output / name).exists()]
     if found and not force:
         raise UserError(f"{output} already holds {', '.join(found)}; --force replaces them")
 
@@ -194,7 +210,7 @@ def _verify_and_publish(output: Path, student, spec, model, pixels, details) -> 
         details["graph"]["bytes"] = len(content)
         details["verification"] = report.to_dict()
         write_json(output / "report.json", details)
-        for name in ("model.onnx", "model.json", "model.failed.onnx"):
+        for name in _GRAPH_FILES:
             (output / name).unlink(missing_ok=True)
         if report.passed:
             spec.to_json(output / "model.json")
@@ -234,9 +250,39 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--score-threshold", type=float, metavar="T", help="default: the config's")
     parser.add_argument("--input-dtype", choices=("float32", "uint8"), default="float32")
     parser.add_argument("--images", metavar="DIR", help="verify on these images too")
+    _add_precision_options(parser)
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _add_precision_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision")
+    group.add_argument(
+        "--precision",
+        action="append",
+        choices=PRECISIONS,
+        default=[],
+        help="write model.fp16.onnx or model.int8.onnx too; may be given twice",
+    )
+    group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default="onnx",
+        help="int8 for ONNX Runtime on CPUs (u8 activations, default) or TensorRT (s8, symmetric)",
+    )
+    group.add_argument(
+        "--calibration", metavar="DIR", help="images for the ranges of int8; not those of --dataset"
+    )
+    group.add_argument("--dataset", help="COCO-format JSON or registered name, to measure AP on")
+    group.add_argument("--images-root", metavar="DIR", help="of the JSON's images")
+    group.add_argument(
+        "--max-ap-drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="AP that int8 may lose to float32, of 100 (%(default)s); float16 at most 0.2",
+    )
 
 
 def run(argv: Optional[Sequence[str]]) -> int:
@@ -252,6 +298,14 @@ def run(argv: Optional[Sequence[str]]) -> int:
         input_dtype=args.input_dtype,
         images=args.images,
         force=args.force,
+        reduction=Reduction(
+            args.precision,
+            args.recipe,
+            args.calibration,
+            args.dataset,
+            args.images_root,
+            args.max_ap_drop,
+        ),
     )
     return 0
 

@@ -1,0 +1,173 @@
+"""Files of less precision beside model.onnx: made, gated on AP, and only then given their name."""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+import onnx
+
+from deploy.calibrate import Reader, calibration_files, describe
+from deploy.coco_data import CocoData, load_dataset
+from deploy.errors import ParityError, UserError
+from deploy.files import write_atomically
+from deploy.graphs import exportable
+from deploy.half import half_model
+from deploy.layers import weighted_layers
+from deploy.load import Student
+from deploy.precision_gates import ApLoss, average_precision, verify_reduced
+from deploy.quantize import RECIPES, int8_model
+from deploy.spec import ModelSpec
+
+PRECISIONS = ("fp16", "int8")
+FILES = tuple(
+    name.format(precision)
+    for precision in PRECISIONS
+    for name in ("model.{}.onnx", "model.{}.json", "model.{}.failed.onnx")
+)
+
+
+@dataclass
+class Reduction:
+    """What to make beside the float32 graph; see the options of the export command.
+
+    Raises:
+        UserError: int8 without calibration images or without a dataset to measure its AP on, no
+            such recipe, or a bound that cannot be kept.
+    """
+
+    precisions: Sequence[str] = ()
+    recipe: str = "onnx"
+    calibration: Optional[str] = None
+    dataset: Optional[str] = None
+    images_root: Optional[str] = None
+    max_ap_drop: float = 1.0
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise UserError(f"--recipe {self.recipe}: there is {', '.join(RECIPES)}")
+        if not self.max_ap_drop > 0:
+            raise UserError(f"--max-ap-drop {self.max_ap_drop:g} must be greater than 0")
+        if "int8" in self.precisions and not self.calibration:
+            raise UserError(
+                "--precision int8 needs --calibration DIR: images like those it will see, "
+                "to fix the ranges of its activations"
+            )
+        if "int8" in self.precisions and not self.dataset:
+            raise UserError(
+                "--precision int8 needs --dataset annotations.json: without labels nobody knows "
+                "what int8 costs, so no such file is written"
+            )
+
+    def open(self, classes: Sequence[str]) -> "Inputs":
+        """Everything read that can be refused before the export starts."""
+        data = load_dataset(self.dataset, self.images_root) if self.dataset else None
+        if data is not None:
+            data.category_ids(classes)
+        files = []
+        if "int8" in self.precisions:
+            files = calibration_files(self.calibration, [r["file"] for r in data.images])
+        return Inputs(self, data, files)
+
+
+@dataclass
+class Inputs:
+    """`Reduction` with its dataset and calibration images found."""
+
+    wanted: Reduction
+    data: Optional[CocoData]
+    files: List[Path]
+    single_ap: Optional[float] = None  # of the float32 graph, measured once
+
+    def loss(self, single, reduced) -> Optional[ApLoss]:
+        """AP of both files; None without a dataset."""
+        if self.data is None:
+            return None
+        if self.single_ap is None:
+            self.single_ap = average_precision(single, self.data)
+        ap = average_precision(reduced, self.data)
+        return ApLoss(self.data.name, len(self.data.images), self.single_ap, ap)
+
+
+def add_precision(
+    precision: str,
+    output: Path,
+    student: Student,
+    spec: ModelSpec,
+    inputs: Inputs,
+    images: Optional[Sequence[np.ndarray]],
+) -> Dict:
+    """Write model.<precision>.onnx and .json beside the verified model.onnx in `output`.
+
+    Args:
+        spec: of model.onnx.  images: to verify on, as in `verify`.
+    Returns:
+        What report.json says about it; "passed" False: it is kept as model.<precision>.failed.onnx.
+    Raises:
+        UserError, ParityError: it could not be made at all.
+    """
+    single = onnx.load(output / "model.onnx")
+    hashes = {key: value for key, value in spec.hashes.items() if key != "graph_sha256"}
+    spec = replace(spec, precision=precision, hashes=hashes)
+    details: Dict = {}
+    if precision == "fp16":
+        model = half_model(exportable(student.model), spec, single)
+    else:
+        recipe = inputs.wanted.recipe
+        model = int8_model(single, spec, Reader(inputs.files, spec), recipe)
+        details = {"recipe": recipe, "calibration": describe(inputs.files)}
+    return {**_judge(model, output, student, spec, inputs, images), **details}
+
+
+def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images) -> Dict:
+    """Gate the graph under a temporary name, then give it the one it deserves."""
+    content = model.SerializeToString(deterministic=True)
+    spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
+    name = f"model.{spec.precision}"
+    temporary = output / f".{name}.{os.getpid()}.tmp"
+    try:
+        write_atomically(temporary, content)
+        loss = inputs.loss(output / "model.onnx", temporary)
+        drop = inputs.wanted.max_ap_drop
+        report = verify_reduced(student.model, temporary, spec, images, loss, drop)
+        print(f"{spec.precision}: {report.table()}")
+        if report.passed:
+            spec.to_json(output / f"{name}.json")
+        final = output / (f"{name}.onnx" if report.passed else f"{name}.failed.onnx")
+        os.replace(temporary, final)
+        print(f"written: {final} ({len(content) / 1e6:.1f} MB)")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "graph_sha256": spec.hashes["graph_sha256"],
+        "bytes": len(content),
+        "ap": loss.to_dict() if loss else None,
+        "max_ap_drop": drop,
+        "layers": _inventory(model),
+        "verification": report.to_dict(),
+    }
+
+
+def _inventory(model: onnx.ModelProto) -> Dict:
+    """Values of the weights by how they are stored, and the layers that stayed float32, and why."""
+    layers = weighted_layers(model)
+    values: Dict[str, int] = {}
+    for layer in layers:
+        values[layer.stored] = values.get(layer.stored, 0) + layer.values
+    single = [layer for layer in layers if layer.stored == "fp32"]
+    reasons = {layer.weight: layer.why_light() for layer in single}
+    return {"values": values, "float": reasons}
+
+
+def require_all_passed(details: Dict[str, Dict]) -> None:
+    """ParityError naming each precision that was refused."""
+    failed = [name for name, entry in details.items() if not entry["verification"]["passed"]]
+    if failed:
+        reasons = [
+            f"{name}: {details[name]['verification']['verdict']}: "
+            f"{details[name]['verification']['explanation']}"
+            for name in failed
+        ]
+        raise ParityError(f"{'; '.join(reasons)}. Kept as model.{failed[0]}.failed.onnx")
