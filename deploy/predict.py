@@ -1,29 +1,45 @@
 """Command: an exported detector on image files; writes detections.json and pictures.
 
-numpy, Pillow and onnxruntime only.
+numpy, Pillow and onnxruntime only; for a model on a server, numpy and Pillow.
 """
 
 import argparse
 import io
 import sys
+import warnings
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
+from PIL import Image
 
-from deploy.detector import Detections
+from deploy.client import TritonDetector, is_url
+from deploy.coco_results import CocoIds
+from deploy.detector import Detections, Detector
 from deploy.draw import draw_detections
 from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
-from deploy.preprocess import SUFFIXES, load_image
-from deploy.runtime import OrtDetector
+from deploy.journal import Journal
+from deploy.paste import encode_rle
+from deploy.preprocess import MAX_PIXELS, SUFFIXES, load_image
 
 _EXAMPLES = """examples:
   python deploy/predict.py model_final_onnx/model.onnx photos/ --output found
   python deploy/predict.py model.onnx a.jpg b.png --score 0.3 --batch-size 4 --no-images
+  python deploy/predict.py model.onnx photos/ --output found --resume
+  python deploy/predict.py http://localhost:8000/v2/models/NAME photos/ --output found
+  python deploy/predict.py model.onnx val2017/ --output found --score 0 --no-images \
+      --format coco --annotations instances_val2017.json
 
 Writes OUTPUT/detections.json (boxes as x1, y1, x2, y2 in pixels of the image) and
-OUTPUT/pictures/. An image that cannot be read is named and left out; exit code 2 then.
+OUTPUT/pictures/. With --format coco also OUTPUT/coco_results.json, and without --annotations
+OUTPUT/coco_images.json, which says what the ids 1, 2, ... are.
+
+OUTPUT/detections.jsonl is written as the run goes on. After an interruption the same command
+with --resume keeps the finished images; those that failed or have changed are tried again.
+
+Exit codes: 0 all images done; 2 bad usage, or some images failed: they are named with the
+reason and left out, the others are done; 130 interrupted.
 """
 # after a number of images
 SHRUNK = (
@@ -51,39 +67,52 @@ def find_images(paths: Sequence) -> List[Path]:
 
 
 def predict(
-    detector: OrtDetector,
+    detector: Detector,
     files: Sequence[Path],
     output,
     batch_size: int = 1,
     pictures: bool = True,
+    resume: bool = False,
 ) -> Dict:
     """Detect objects in `files`, write `output`/detections.json and `output`/pictures/.
 
+    Args:
+        resume: keep what `output`/detections.jsonl says is finished.
     Returns:
-        What the JSON holds: "model", "graph_sha256", "classes", "min_score", "images" (a dict per
-        file: file, height, width, boxes, scores, labels, class_names, shrunk, picture) and
-        "failed" (file, error), all in the order of `files`.
+        What the JSON holds: "model", "graph_sha256" (None on a server), "classes", "min_score",
+        "images" (a dict per file: file, height, width, boxes, scores, labels, class_names, shrunk,
+        picture; of a model with masks segmentations, COCO's RLE) and "failed" (file, error), all in
+        the order of `files`.
     Raises:
-        UserError: `output` cannot be written. A bad image does not raise.
+        UserError: `output` cannot be written, or holds the journal of another model or other
+            options. A bad image does not raise.
     """
     output, images, failed = Path(output), [], []
-    make_folder(output)  # fails now rather than after the work
+    make_folder(output)
+    settings = {
+        "model": detector.identity,
+        "score": detector.min_score,
+        "batch_size": batch_size,
+        "pictures": pictures,
+    }
+    journal = Journal(output / "detections.jsonl", settings, resume)
     taken = {path.resolve() for path in files}  # a picture never replaces one of the inputs
     for start in range(0, len(files), batch_size):
-        for file, array, result in _detect_each(detector, files[start : start + batch_size]):
-            if isinstance(result, UserError):
-                failed.append({"file": str(file), "error": str(result)})
-                continue
-            entry = _entry(file, result, detector.spec.classes)
-            if pictures:
-                target = _free_name(output / "pictures", file.stem, taken)
-                _save_picture(target, array, result, detector.spec.classes)
-                entry["picture"] = target.relative_to(output).as_posix()
-            images.append(entry)
-        show_progress(min(start + batch_size, len(files)), len(files))
+        # whole batches: an image that ran in other company could score slightly differently
+        batch = files[start : start + batch_size]
+        entries = [_finished(journal, file, output) for file in batch]
+        if None in entries:
+            results = _detect_each(detector, batch)
+            entries = [_result(detector, *r, output, taken, pictures) for r in results]
+            journal.add([(f, entry) for f, entry in zip(batch, entries) if "error" not in entry])
+        for entry in entries:
+            (failed if "error" in entry else images).append(entry)
+            if "picture" in entry:
+                taken.add((output / entry["picture"]).resolve())
+        show_progress(start + len(batch), len(files))
     report = {
-        "model": str(detector.path),
-        "graph_sha256": detector.sha256,
+        "model": detector.name,
+        "graph_sha256": getattr(detector, "sha256", None),
         "classes": detector.spec.classes,
         "min_score": detector.min_score,
         "images": images,
@@ -93,12 +122,30 @@ def predict(
     return report
 
 
-def _detect_each(detector: OrtDetector, files: Sequence[Path]) -> Iterator[Tuple]:
+def _finished(journal: Journal, file: Path, output: Path) -> Optional[Dict[str, Any]]:
+    entry = journal.entry(file)
+    lost = entry and "picture" in entry and not (output / entry["picture"]).exists()
+    return None if lost else entry
+
+
+def _result(detector, file, array, result, output, taken, pictures) -> Dict[str, Any]:
+    """An entry of "images" or "failed"; writes the picture."""
+    if isinstance(result, UserError):
+        return {"file": str(file), "error": str(result)}
+    entry = _entry(file, result, detector.spec.classes)
+    if pictures:
+        target = _free_name(output / "pictures", file.stem, taken)
+        _save_picture(target, array, result, detector.spec.classes)
+        entry["picture"] = target.relative_to(output).as_posix()
+    return entry
+
+
+def _detect_each(detector: Detector, files: Sequence[Path]) -> Iterator[Tuple]:
     """(file, pixels, Detections or UserError) of each file; a bad one leaves the others alone."""
     arrays, results = {}, {}
     for i, file in enumerate(files):
         try:
-            arrays[i] = load_image(file)
+            arrays[i] = load_image(file, detector.max_pixels)
         except UserError as error:
             results[i] = error
     try:
@@ -115,7 +162,7 @@ def _detect_each(detector: OrtDetector, files: Sequence[Path]) -> Iterator[Tuple
 
 
 def _entry(file: Path, found: Detections, classes: Sequence[str]) -> Dict:
-    return {
+    entry = {
         "file": str(file),
         "height": found.size[0],
         "width": found.size[1],
@@ -125,6 +172,9 @@ def _entry(file: Path, found: Detections, classes: Sequence[str]) -> Dict:
         "class_names": [classes[label] for label in found.labels],
         "shrunk": found.shrunk,
     }
+    if found.masks is not None:
+        entry["segmentations"] = [encode_rle(mask) for mask in found.bitmaps()]
+    return entry
 
 
 def _free_name(folder: Path, stem: str, taken: Set[Path]) -> Path:
@@ -138,7 +188,9 @@ def _free_name(folder: Path, stem: str, taken: Set[Path]) -> Path:
 
 
 def _save_picture(path: Path, image: np.ndarray, found: Detections, classes) -> None:
-    picture = draw_detections(image, found.boxes, found.labels, classes, found.scores)
+    picture = draw_detections(
+        image, found.boxes, found.labels, classes, found.scores, found.bitmaps()
+    )
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
     write_atomically(path, buffer.getvalue())
@@ -157,31 +209,73 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help=".onnx file written by deploy/export.py")
+    parser.add_argument(
+        "model", help=".onnx file written by deploy/export.py, or the URL of a model on Triton"
+    )
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--output", required=True, help="folder for detections.json and pictures/")
     parser.add_argument("--score", type=float, default=0.5, help="lowest score kept (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="images per run (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: ONNX Runtime decides")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
-    parser.add_argument("--no-images", action="store_true", help="write the JSON only")
+    parser.add_argument("--no-images", action="store_true", help="write no pictures")
+    parser.add_argument("--resume", action="store_true", help="keep what is finished in OUTPUT")
+    parser.add_argument("--format", choices=("own", "coco"), default="own", help="coco: that too")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO file to take the ids from")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="larger images are refused before they are decoded (%(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="traceback on errors")
     return parser
 
 
-def _main(argv: Optional[Sequence[str]]) -> int:
-    args = build_parser().parse_args(argv)
+def _check_usage(args) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, expected 1 or more")
-    files = find_images(args.images)
-    detector = OrtDetector(args.model, [args.provider], args.threads, min_score=args.score)
-    report = predict(detector, files, args.output, args.batch_size, not args.no_images)
+    if args.max_pixels < 1:
+        raise UserError(f"--max-pixels is {args.max_pixels}, expected 1 or more")
+    if args.annotations and args.format != "coco":
+        raise UserError("--annotations gives ids to --format coco, which is not asked for")
+
+
+def _load(args) -> Detector:
+    if is_url(args.model):
+        return TritonDetector(args.model, args.score, args.max_pixels)
+    from deploy.runtime import OrtDetector  # ONNX Runtime, which a client of a server lacks
+
+    return OrtDetector(args.model, [args.provider], args.threads, args.score, args.max_pixels)
+
+
+def _quiet_pillow(max_pixels: int) -> None:
+    """Pillow's limit is one per process; its remarks on files that can be read help nobody here."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _main(argv: Optional[Sequence[str]]) -> int:
+    args = build_parser().parse_args(argv)
+    _check_usage(args)
+    _quiet_pillow(args.max_pixels)
+    files, output = find_images(args.images), Path(args.output)
+    detector = _load(args)
+    ids = None
+    if args.format == "coco":
+        ids = CocoIds(files, detector.spec.classes, args.annotations)
+    report = predict(detector, files, output, args.batch_size, not args.no_images, args.resume)
+    if ids:
+        write_json(output / "coco_results.json", ids.results(report["images"]))
+        if not args.annotations:
+            write_json(output / "coco_images.json", ids.dataset(report["images"]))
     for failure in report["failed"]:
         print(f"failed: {failure['file']}: {failure['error']}", file=sys.stderr)
     count = sum(len(entry["boxes"]) for entry in report["images"])
     print(
         f"{len(report['images'])} images, {count} detections with score >= {args.score}, "
-        f"{len(report['failed'])} failed: {Path(args.output) / 'detections.json'}"
+        f"{len(report['failed'])} failed: {output / 'detections.json'}"
     )
     shrunk = sum(entry["shrunk"] for entry in report["images"])
     if shrunk:
@@ -190,7 +284,7 @@ def _main(argv: Optional[Sequence[str]]) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Exit code: 0 done, 2 bad usage or some images failed."""
+    """Exit code: 0 done, 2 bad usage or some images failed, 130 interrupted."""
     return run_main(_main, argv)
 
 

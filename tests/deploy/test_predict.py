@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from deploy import predict
 from deploy.runtime import OrtDetector
+from deploy.verify_images import draw_scene
 from tests.deploy.fake_graph import CLASSES, FRACTIONS, write_fake_graph
 
 
@@ -59,6 +61,21 @@ def test_folder_gives_json_and_pictures(model, photos, tmp_path, batch_size, cap
     assert [entry["picture"] for entry in report["images"]] == [f"pictures/{p}" for p in pictures]
     assert Image.open(output / "pictures" / "a.jpg").size == (480, 320)
     assert "3 images, 6 detections" in capsys.readouterr().out
+
+
+def test_masks_are_written_as_rle_and_drawn(tiny, tmp_path):
+    student = tiny("Mask R-CNN")
+    Image.fromarray(draw_scene(np.random.default_rng(8), (480, 640))).save(tmp_path / "a.png")
+    assert run(student.path, tmp_path / "a.png", "--output", tmp_path, "--score", 0.6) == 0
+    (entry,) = read(tmp_path)["images"]
+    (found,) = OrtDetector(student.path, min_score=0.6).detect([tmp_path / "a.png"])
+    assert len(entry["segmentations"]) == len(entry["boxes"]) == len(found.scores) > 0
+    for rle, mask in zip(entry["segmentations"], found.bitmaps(), strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+    drawn = np.asarray(Image.open(tmp_path / entry["picture"])).astype(int)
+    change = np.abs(drawn - np.asarray(Image.open(tmp_path / "a.png"))).sum(axis=2)
+    inside = np.logical_or.reduce(list(found.bitmaps()))
+    assert inside.any() and np.median(change[inside]) > 40
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -144,7 +161,8 @@ def test_output_is_replaced_whole_or_not_at_all(model, photos, tmp_path, monkeyp
     monkeypatch.setattr("os.fsync", full_disk)
     assert run(model, photos / "a.png", "--output", out, "--no-images") == 2
     assert (out / "detections.json").read_bytes() == before
-    assert [path.name for path in out.iterdir()] == ["detections.json"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["detections.json", "detections.jsonl"]
 
 
 def test_as_typed_from_another_folder(model, photos, tmp_path):

@@ -6,7 +6,7 @@ Triton's model_config.proto, and refuses what Triton refuses.
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -145,7 +145,8 @@ def serve(answer):
             for key, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # a client that waited long enough
+                self.wfile.write(content)
 
         def log_message(self, *_):
             pass
