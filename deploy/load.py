@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
 from fgd.config import load_config, load_config_text, student_config
+from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.weights import load_complete, read_weights
 
 _KEPT = ("model", "config", "classes", "format")
@@ -99,15 +101,14 @@ def _inference_config(cfg: CfgNode, source: str, score_threshold: Optional[float
     if score_threshold is not None:
         if not 0 <= score_threshold < 1:
             raise UserError(f"--score-threshold {score_threshold} is not in [0, 1)")
-        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
-        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
+        for node in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
+            node.SCORE_THRESH_TEST = score_threshold
     return cfg
 
 
 def _class_names(path: Path, checkpoint: Dict, cfg: CfgNode) -> List[str]:
     """Names in the checkpoint, else the training set's, else "class_0", ..."""
-    dense = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    count = (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    count = attrgetter(NUM_CLASSES_KEYS[cfg.MODEL.META_ARCHITECTURE])(cfg)
     names = checkpoint.get("classes")
     if not names and cfg.DATASETS.TRAIN and cfg.DATASETS.TRAIN[0] in MetadataCatalog.list():
         names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")

@@ -70,6 +70,16 @@ def _retinanet() -> CfgNode:
     return cfg
 
 
+def _fcos() -> CfgNode:
+    cfg = _base()
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    node = cfg.MODEL.FCOS
+    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p3", "p4", "p5"], len(CLASSES), 1
+    node.TOPK_CANDIDATES_TEST = 200
+    return cfg
+
+
 def _faster_rcnn() -> CfgNode:
     cfg = _base()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
@@ -114,6 +124,7 @@ TINY: Dict[str, Callable[[], CfgNode]] = {
     "Mask R-CNN": _mask_rcnn,
     "Cascade R-CNN": _cascade_rcnn,
     "Cascade Mask R-CNN": _cascade_mask_rcnn,
+    "FCOS": _fcos,
 }
 
 
@@ -162,7 +173,11 @@ def _output_layers(model, features, batch) -> List[Tuple[_Targets, Callable]]:
     """The output layers, first to last, and what to run to see their predictions."""
     if hasattr(model, "head"):
         head, levels = model.head, [features[f] for f in model.head_in_features]
-        return [([(head.cls_score, -2.0, 1.0), (head.bbox_pred, 0.0, 0.3)], lambda: head(levels))]
+        targets = [(head.cls_score, -2.0, 1.0), (head.bbox_pred, 0.0, 0.3)]
+        if hasattr(head, "ctrness"):  # its deltas are distances to the sides, in cells
+            targets = [(head.cls_score, 0.0, 1.5), (head.bbox_pred, 2.0, 1.0)]
+            targets.append((head.ctrness, 0.0, 1.5))
+        return [(targets, lambda: head(levels))]
     rpn, heads = model.proposal_generator, model.roi_heads
     head, levels = rpn.rpn_head, [features[f] for f in rpn.in_features]
     targets = [(head.objectness_logits, 0.0, 2.0), (head.anchor_deltas, 0.0, 0.3)]

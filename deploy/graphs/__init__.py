@@ -7,11 +7,16 @@ from torch import nn
 from deploy.errors import UserError
 from deploy.graphs.cascade import ExportableCascadeRCNN
 from deploy.graphs.common import ExportableDetector
+from deploy.graphs.fcos import ExportableFCOS
 from deploy.graphs.rcnn import ExportableRCNN
 from deploy.graphs.retinanet import ExportableRetinaNet
 
 # by meta-architecture, and by ROI heads where that has several kinds
-EXPORTABLE = {"GeneralizedRCNN": ExportableRCNN, "RetinaNet": ExportableRetinaNet}
+EXPORTABLE = {
+    "FCOS": ExportableFCOS,
+    "GeneralizedRCNN": ExportableRCNN,
+    "RetinaNet": ExportableRetinaNet,
+}
 _BY_ROI_HEADS = {"CascadeROIHeads": ExportableCascadeRCNN}
 
 

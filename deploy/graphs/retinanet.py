@@ -29,6 +29,7 @@ class ExportableRetinaNet(ExportableDetector):
     """
 
     threshold_path = "test_score_thresh"
+    predictions = ("logits", "deltas")  # of the head, in its order
 
     def __init__(self, student):
         super().__init__(student)
@@ -51,10 +52,11 @@ class ExportableRetinaNet(ExportableDetector):
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
         """Per level "logits.p3": (B, A * classes, H, W) and "deltas.p3": (B, A * 4, H, W)."""
         features = self.student.backbone(self.normalize(images, image_sizes))
-        logits, deltas = self.student.head([features[level] for level in self.levels])
+        predictions = self.student.head([features[level] for level in self.levels])
         return {
-            **{f"logits.{level}": x for level, x in zip(self.levels, logits)},
-            **{f"deltas.{level}": x for level, x in zip(self.levels, deltas)},
+            f"{kind}.{level}": x
+            for kind, levels in zip(self.predictions, predictions)
+            for level, x in zip(self.levels, levels)
         }
 
     def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
@@ -68,19 +70,28 @@ class ExportableRetinaNet(ExportableDetector):
 
     def _candidates(self, i: int, raw: Dict[str, Tensor]):
         """Boxes (B, k, 4), scores and classes (B, k) of one level, k = min(topk, all pairs)."""
-        logits, deltas = raw[f"logits.{self.levels[i]}"], raw[f"deltas.{self.levels[i]}"]
-        width = logits.shape[-1]
-        logits = dense(logits, self.num_classes).flatten(1)
-        best, pair = logits.topk(torch.sym_min(self.topk, logits.shape[1]), dim=1)
+        deltas, width = raw[f"deltas.{self.levels[i]}"], raw[f"logits.{self.levels[i]}"].shape[-1]
+        ranked = self._ranked(i, raw)
+        best, pair = ranked.topk(torch.sym_min(self.topk, ranked.shape[1]), dim=1)
         anchor = pair // self.num_classes
         generator = self.student.anchor_generator
         anchors = anchors_at(
             anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
         )
-        boxes = decode(take(dense(deltas, 4), anchor), anchors, self.student.box2box_transform)
-        scores = best.sigmoid()
+        boxes, scores = self._decode(take(dense(deltas, 4), anchor), anchors), self._scores(best)
         scores = torch.where(scores > self.score_threshold, scores, INVALID)
         return boxes, scores, pair - anchor * self.num_classes
+
+    def _ranked(self, i: int, raw: Dict[str, Tensor]) -> Tensor:
+        """(B, H * W * A * classes) what decides about a level's best pairs: logits."""
+        return dense(raw[f"logits.{self.levels[i]}"], self.num_classes).flatten(1)
+
+    def _scores(self, ranked: Tensor) -> Tensor:
+        """Scores in 0..1 of what `_ranked` gave."""
+        return ranked.sigmoid()
+
+    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        return decode(deltas, anchors, self.student.box2box_transform)
 
 
 class LevelBatchNorm(nn.Module):

@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .backbones import add_timm_config
 from .data.datasets import add_data_config
 from .errors import UserError
+from .fcos import add_fcos_config
 from .methods import METHOD_REGISTRY, terms_function
 from .solver import add_solver_config
 from .yaml_config import SafeCfgNode, parse_yaml
@@ -22,6 +23,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")  # of the teacher's forward
 def add_fgd_config(cfg: CfgNode) -> None:
     """Add the project's keys, all off by default, to a Detectron2 config, in place."""
     add_timm_config(cfg)
+    add_fcos_config(cfg)
     add_data_config(cfg)
     add_solver_config(cfg)
     cfg.MODEL.DISTILLER = _distiller_node(type(cfg))

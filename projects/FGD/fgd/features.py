@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .errors import UserError
 
 # Student meta-architecture -> config node whose IN_FEATURES its head reads. Their last level is
-# an FPN output for both: R-CNN's max-pooled p6 feeds the RPN only.
-_HEAD_NODES = {"RetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+# an FPN output for all: R-CNN's max-pooled p6 feeds the RPN only.
+_HEAD_NODES = {"RetinaNet": "RETINANET", "FCOS": "FCOS", "GeneralizedRCNN": "ROI_HEADS"}
 
 
 class Level(NamedTuple):
@@ -25,7 +25,7 @@ class Level(NamedTuple):
 def distilled_level_names(cfg: CfgNode) -> List[str]:
     """MODEL.DISTILLER.LEVELS, or by default the levels that the student's head reads.
 
-    That is p3-p7 for RetinaNet and p2-p5 for R-CNN, the levels of the authors' configs.
+    That is p3-p7 for RetinaNet and FCOS and p2-p5 for R-CNN, the levels of the authors' configs.
 
     Raises:
         UserError: LEVELS is empty and the student's architecture has no default.

@@ -15,6 +15,7 @@ __all__ = ["check_class_count", "class_names"]
 # Meta-architecture -> the config key of its number of classes. A new detector adds one line.
 NUM_CLASSES_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "FCOS": "MODEL.FCOS.NUM_CLASSES",
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
 }
 
