@@ -1,0 +1,132 @@
+"""``python -m fgd.bench loss`` and ``python -m fgd.bench step``; ``--help`` shows the options."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+
+from ..checkpoint import atomic_write
+from ..cli import check_device, check_output_dir
+from ..config import load_config
+from ..errors import UserError
+from . import loss, loss_report, step
+from .cases import PYRAMIDS
+from .process import ALLOCATORS, run_alone
+from .timing import available_cores, describe_machine
+
+_LOSS = """The FGD loss alone, masks, forward and backward: the authors' arrangement with its loop
+over boxes, and this project's, alternated round by round. Time, memory, and goals; writes
+loss.json and loss.png. On glibc each pyramid is measured twice, with the allocator as it is and
+with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised so that it keeps large buffers."""
+_STEP = """A training step of a distillation config on synthetic images: student alone, teacher
+forward, both with the FGD loss; and the teacher in half precision and channels last, with the
+change of each FGD term. Writes step.json. Weights that are no local file are RANDOM here: nothing
+is downloaded. Reading and augmenting images is not part of the step."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fgd.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_loss, of_step = (
+        commands.add_parser(name, description=text, help=text.split(":")[0])
+        for name, text in (("loss", _LOSS), ("step", _STEP))
+    )
+    defaults = loss.Settings()
+    of_loss.add_argument("--pyramids", nargs="+", choices=PYRAMIDS, default=list(PYRAMIDS))
+    of_loss.add_argument("--channels", type=_count, default=defaults.channels)
+    of_loss.add_argument(
+        "--boxes", type=_count, nargs="+", default=list(defaults.boxes), help="per image"
+    )
+    of_loss.add_argument("--rounds", type=_count, default=defaults.rounds)
+    of_loss.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "float16", "bfloat16"),
+        default=defaults.dtype,
+        help="of the feature maps",
+    )
+    of_step.add_argument("--config-file", required=True, help="a distillation config")
+    of_step.add_argument("--boxes", type=_count, default=10, help="per image")
+    of_step.add_argument("--rounds", type=_count, default=5)
+    for command in (of_loss, of_step):
+        command.add_argument(
+            "--size",
+            type=_count,
+            nargs=2,
+            default=defaults.size,
+            metavar=("H", "W"),
+            help="pixels of the (padded) images",
+        )
+        command.add_argument("--batch", type=_count, default=defaults.batch)
+        command.add_argument(
+            "--threads", type=_count, default=available_cores(), help="of PyTorch on the CPU"
+        )
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--output", type=Path, default=Path("output/bench"), help="folder")
+    of_step.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def run_loss(args: argparse.Namespace) -> None:
+    settings = loss.Settings(
+        size=tuple(args.size),
+        batch=args.batch,
+        channels=args.channels,
+        boxes=tuple(sorted(set(args.boxes))),
+        rounds=args.rounds,
+        threads=args.threads,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    machine = describe_machine(torch.device(args.device))
+    runs = []
+    for run in loss.measure_all(settings, args.pyramids, machine["load_average"]):
+        runs.append(loss_report.judge(run))
+        print(loss_report.table(runs[-1]), flush=True)
+    _write_json(
+        args.output / "loss.json", {"machine": machine, "allocators": ALLOCATORS, "runs": runs}
+    )
+    figure = loss_report.plot(runs)
+    atomic_write(str(args.output / "loss.png"), lambda file: figure.savefig(file, format="png"))
+
+
+def run_step(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
+    machine = describe_machine(torch.device(args.device))
+    shape = tuple(args.size), args.batch, args.boxes
+    load = machine["load_average"]
+    run = run_alone(step.measure, cfg, *shape, args.rounds, args.threads, load)
+    run["settings"]["config"] = args.config_file
+    print(step.table(run))
+    _write_json(args.output / "step.json", {"machine": machine, **run})
+
+
+def _write_json(path: Path, content: Dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    atomic_write(str(path), lambda file: file.write(text.encode()))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one benchmark; 0 even where a goal is missed, 2 for an error of the user's."""
+    args = build_parser().parse_args(argv)
+    try:
+        check_device(args.device)
+        check_output_dir(str(args.output))
+        {"loss": run_loss, "step": run_step}[args.command](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
