@@ -249,7 +249,3 @@ def test_the_comparison_notices_a_changed_kernel(right, wrong, tmp_path, monkeyp
     monkeypatch.setattr(sweep_triton, "_PROGRAMS_PER_PROCESSOR", 4)  # runs of two tiles and of one
     with pytest.raises(AssertionError, match="times the tolerance"):
         check(*inputs(2, 48, 9, 15))
-
-
-def test_a_gpu_is_asked_for():
-    assert sweep_triton.usable(torch.zeros(1, 2, 1, 1, device=DEVICE)) == (DEVICE == "cuda")

@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton", reason="optional: PyTorch brings it for G
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fgd import sweep, sweep_kernels, sweep_triton  # noqa: E402
+from fgd.errors import UserError  # noqa: E402
+from tests.fgd import plain_sweep  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("sweep_triton_cases.py")
@@ -40,6 +42,12 @@ def test_numbers_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_numbers_on_a_gpu():
     run_cases(TRITON_INTERPRET="0")
+
+
+def test_asks_for_a_gpu():
+    arguments, _ = plain_sweep.inputs(1, 2, 1, 1)
+    with pytest.raises(UserError, match="NVIDIA GPU .* on cpu: set .*IMPLEMENTATION to 'torch'"):
+        sweep_triton.forward_sweep(*arguments, 0.5)
 
 
 class Launches:
@@ -77,6 +85,7 @@ def compile_sweeps(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(sweep_triton, "_processors", lambda device: 132)
+    monkeypatch.setattr(sweep_triton, "usable", lambda student: True)
 
     def build(student, teacher, arch):
         driver = SimpleNamespace(

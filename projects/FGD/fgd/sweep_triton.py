@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from . import sweep_kernels as kernels
+from .errors import UserError
 from .sweep import Slopes, Sweep, small_dtype
 
 # Values of each map that a program holds at a time, 16 per thread. `forward` and `backward` would
@@ -28,7 +29,9 @@ _MOST_RUNS, _MERGED_CHANNELS = 256, 16  # of one image and of one tile of `merge
 
 
 def usable(student: Tensor) -> bool:
-    """Whether the kernels can run where this map is: on an NVIDIA GPU of sm_80 or newer."""
+    """Whether the kernels run here: an NVIDIA GPU of sm_80 or newer, or Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return True
     if not student.is_cuda or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(student.device) >= (8, 0)
@@ -43,7 +46,16 @@ def forward_sweep(
     background: Tensor,
     temperature: float,
 ) -> Sweep:
-    """As `fgd.sweep.forward_sweep`: the same arguments, the same results up to rounding."""
+    """As `fgd.sweep.forward_sweep`: the same arguments, the same results up to rounding.
+
+    Raises:
+        UserError: the maps are not on a GPU that is `usable`.
+    """
+    if not usable(student):
+        raise UserError(
+            f"the Triton kernels of FGD need an NVIDIA GPU of sm_80 or newer, this map is on "
+            f"{student.device}: set MODEL.DISTILLER.FGD.IMPLEMENTATION to 'torch'"
+        )
     dtype = small_dtype(student, teacher)
     student, teacher = _flat(student), _flat(teacher)
     n, channels, cells = student.shape
