@@ -185,10 +185,21 @@ def test_changed_config_and_process_count_are_said(tmp_path, caplog):
     loader.header = {**HEADER, "full_config": "A: {B: 2}"}
     loader.resume(str(tmp_path / "m.pth"))
     assert "--resume with another config: A.B: 1 -> 2" in caplog.text
+    assert "another teacher" not in caplog.text
     data = torch.load(tmp_path / "m.pth", weights_only=True)
     torch.save({**data, "rng": data["rng"] * 2}, tmp_path / "m.pth")
     make_checkpointer(tmp_path).resume(str(tmp_path / "m.pth"))
     assert "The run had 2 processes and has 1 now" in caplog.text
+
+
+def test_a_teacher_that_was_replaced_is_said(tmp_path, caplog):
+    for sha256 in ("1", "2"):
+        checkpointer = make_checkpointer(tmp_path)
+        checkpointer.header = {**HEADER, "teacher": {"weights": "t.pth", "sha256": sha256}}
+        if sha256 == "1":
+            checkpointer.save("m", iteration=4)
+        checkpointer.resume(str(tmp_path / "m.pth"))
+        assert ("another teacher: the content of t.pth" in caplog.text) is (sha256 == "2")
 
 
 def test_config_changes_names_the_keys():

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import logging
 import shutil
@@ -140,6 +141,9 @@ def test_checkpoint_of_a_distilled_run_is_a_plain_student(tmp_path):
     assert_equal(dict(student.state_dict()), dict(trainer.model.student.state_dict()))
     assert rest["classes"] == ["square", "disc", "cross"] and rest["format"] == "fgd-1"
     assert "DISTILLER" not in rest["config"] and "DISTILLER" in rest["full_config"]
+    teacher = tmp_path / "teacher.pth"
+    sha256 = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert rest["teacher"] == {"weights": str(teacher), "sha256": sha256}
     logged = read_metrics(Path(cfg.OUTPUT_DIR)).keys()
     assert {"loss_cls", "loss_fgd_attention", "fgd/p3", "lr", "data_time", "bbox/AP"} <= logged
 
@@ -228,6 +232,7 @@ def test_check_finite_looks_at_the_sum():
 def test_resume_of_a_finished_run_has_nothing_to_do(tmp_path):
     cfg = training_cfg(tmp_path, opts=("SOLVER.MAX_ITER", 2))
     assert not train(cfg).is_complete
+    assert load(Path(cfg.OUTPUT_DIR) / "model_final.pth")["teacher"] is None
     trainer = FGDTrainer(cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.is_complete and trainer.start_iter == 2

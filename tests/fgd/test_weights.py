@@ -8,7 +8,7 @@ from detectron2.modeling.backbone import BasicStem
 from torch import nn
 
 from fgd.errors import UserError
-from fgd.weights import load_complete, read_weights
+from fgd.weights import load_complete, read_weights, weights_sha256
 
 
 class Payload:
@@ -141,6 +141,15 @@ def test_missing_and_empty_paths():
         read_weights("/nowhere/m.pth")
     with pytest.raises(UserError, match="catalog://NoSuchModel: cannot read"):
         read_weights("catalog://NoSuchModel")
+
+
+def test_hash_of_a_file_under_any_address(tmp_path):
+    (tmp_path / "m.pkl").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert weights_sha256(str(tmp_path / "m.pkl")) == expected
+    assert weights_sha256(f"{tmp_path / 'm.pkl'}?matching_heuristics=True") == expected
+    with pytest.raises(UserError, match="cannot read"):
+        weights_sha256("/nowhere/m.pth")
 
 
 def test_mmdetection_file_is_recognised(tmp_path):

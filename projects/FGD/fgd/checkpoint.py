@@ -5,6 +5,7 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
     distiller     state dict of the trained distillation modules; {} without distillation
     config        yaml that builds the student;   full_config: yaml of the training run
     classes       class names
+    teacher       {"weights": as the config names the file, "sha256"}; None without a teacher
     iteration     index of the last finished iteration
     trainer       optimizer, schedule, AMP scaler, data seed, and "loss_normalizers" of each rank
     rng           states of the random number generators, one entry per rank
@@ -14,7 +15,7 @@ import glob
 import logging
 import os
 import shutil
-from typing import IO, Any, Callable, Iterator, List, Tuple
+from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,9 +25,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from . import compat, rng
-from .config import student_config
+from .config import META_ARCHITECTURE, student_config
 from .errors import UserError
-from .weights import read_weights
+from .weights import read_weights, weights_sha256
 from .yaml_config import parse_yaml
 
 FORMAT = "fgd-1"
@@ -108,7 +109,16 @@ def describe_run(cfg: CfgNode) -> dict:
         "config": student_config(cfg).dump(),
         "full_config": cfg.dump(),
         "classes": classes,
+        "teacher": _describe_teacher(cfg),
     }
+
+
+def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
+    """Which file taught, so that a deployed student can be traced back to it; None: no teacher."""
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+        return None
+    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
+    return {"weights": path, "sha256": weights_sha256(path)}
 
 
 class TrainingCheckpointer(DetectionCheckpointer):
@@ -189,6 +199,11 @@ class TrainingCheckpointer(DetectionCheckpointer):
             )
         for change in config_changes(data["full_config"], self.header["full_config"]):
             logger.warning(f"--resume with another config: {change}")
+        before, now = (run.get("teacher") or {} for run in (data, self.header))
+        if before and now and before["sha256"] != now["sha256"]:
+            logger.warning(
+                f"--resume with another teacher: the content of {now['weights']} is not what it was"
+            )
         try:
             self.student.load_state_dict(data["model"])
             if self.distillation:

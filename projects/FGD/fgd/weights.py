@@ -1,6 +1,7 @@
 """Read weight files without executing anything in them, and load them completely or not at all."""
 
 import collections
+import hashlib
 import pickle
 import re
 import zipfile
@@ -111,6 +112,19 @@ def _local_path(path: str) -> str:
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: this is a Git LFS pointer; fetch the file itself (git lfs pull)")
     return local
+
+
+def weights_sha256(path: str) -> str:
+    """SHA-256 of a weight file's bytes, in hexadecimal; ``path`` as in `read_weights`.
+
+    Raises:
+        UserError: not there or empty.
+    """
+    digest = hashlib.sha256()
+    with open(_local_path(path.partition("?matching_heuristics=")[0]), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_pickle(path: str):
