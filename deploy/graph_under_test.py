@@ -107,7 +107,20 @@ def _broken_rows(outputs, image: int, size: np.ndarray, spec: ModelSpec) -> List
 
 
 def broken_by_nan(graph: GraphUnderTest, batch: Batch) -> List[str]:
-    """An image of NaN must give no detection."""
-    outputs, _ = graph.run(batch._replace(images=np.full_like(batch.images, np.nan)))
-    count = int(outputs["num_dets"].sum())
-    return [f"an image of NaN gives {count} detections"] if count else []
+    """An image of NaN must give no detection and scores of NaN, and leave the others alone.
+
+    Args:
+        batch: float32 images; the first one is replaced.
+    """
+    images = batch.images.copy()
+    images[0] = np.nan
+    expected, _ = graph.run(batch)
+    outputs, _ = graph.run(batch._replace(images=images))
+    count, broken = int(outputs["num_dets"][0, 0]), []
+    if count:
+        broken.append(f"an image of NaN gives {count} detections")
+    if not np.isnan(outputs["scores"][0]).all():
+        broken.append("an image of NaN is not marked by scores of NaN")
+    if not all(np.allclose(outputs[name][1:], expected[name][1:], atol=1e-3) for name in outputs):
+        broken.append("an image of NaN changes what is found in others")
+    return broken

@@ -33,6 +33,7 @@ class ModelSpec:
     Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
              true size; scores (B, K) float32 descending; labels (B, K) int32 indexing `classes`.
              K = `max_detections`. Rows past num_dets: boxes and scores 0, label -1.
+             An image whose pixels or raw predictions are not all finite: every score NaN.
              Task "instance_segmentation" only: masks (B, K, M, M) float32, M = `mask_size`, the
              probability of the detection's class on a grid that spans its box; 0 past num_dets.
 
@@ -101,7 +102,7 @@ class ModelSpec:
         outputs = {
             "num_dets": tensor("int32", [1], "valid rows; the others are 0, label -1"),
             "boxes": tensor("float32", [k, 4], "x1, y1, x2, y2 in pixels of the canvas"),
-            "scores": tensor("float32", [k], "descending"),
+            "scores": tensor("float32", [k], "descending; all NaN if the network failed"),
             "labels": tensor("int32", [k], "index into classes"),
         }
         if self.mask_size:

@@ -1,97 +1,148 @@
-"""Proof that an exported graph equals the model: run with every export, and never on nothing."""
+"""Command: re-checks an exported graph against a checkpoint, and names what differs."""
 
-from typing import Dict, List, Optional, Sequence
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import onnx
 
-from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
-from deploy.graphs import exportable_class
-from deploy.matching import Decisions
-from deploy.oracle import RawJudge, detectron2_detections, score_threshold
-from deploy.spec import ModelSpec
-from deploy.verify_images import Batch, verification_batches
-from deploy.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
+from deploy.coco_data import load_dataset
+from deploy.errors import ParityError, UserError, run_main
+from deploy.load import Student, load_student
+from deploy.precision_gates import ApLoss, average_precision, verify_reduced
+from deploy.recheck import Differences, Graph, compare_graph, read_graph, reference_graph
+from deploy.verification import verify
+from deploy.verify_images import read_images
+from deploy.verify_report import VerifyReport
+
+_EXAMPLES = """examples:
+  python deploy/verify.py model_final_onnx/model.onnx model_final.pth
+  python deploy/verify.py model.int8.onnx model_final.pth --dataset test.json
+
+Exports the checkpoint again in memory and compares contract, nodes and weights; then runs the graph
+and Detectron2 on the same images. Where they differ, the initializers are named, and the first
+tensor that both graphs compute differently.
+Exit codes: 0 equal; 2 something about the command or a file; 4 not equal.
+"""
 
 
-def verify(
-    model, onnx_path, spec: ModelSpec, images: Optional[Sequence[np.ndarray]] = None
-) -> VerifyReport:
-    """Compare a graph with Detectron2's inference and with the network in float64.
+def recheck(
+    onnx_path,
+    checkpoint,
+    config_file: Optional[str] = None,
+    images=None,
+    dataset: Optional[Tuple[str, Optional[str]]] = None,
+    max_ap_drop: float = 1.0,
+) -> Tuple[Differences, Optional[VerifyReport]]:
+    """Compare a file of ours with a checkpoint and print what is found.
 
     Args:
-        model: the Detectron2 student, with the score threshold that was exported.
-        onnx_path: file written by `convert.to_onnx`.  spec: its contract.
-        images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
+        onnx_path: in any precision; its .json beside it is checked as well.
+        checkpoint, config_file: as `load_student` takes them.
+        images: folder of images to compare detections on, beside the built-in ones.
+        dataset: (COCO-format JSON or registered name, folder of its images or None), to measure
+            the AP that a reduced precision costs.  max_ap_drop: points, for int8.
     Returns:
-        The report. Detections are compared at the spec's score threshold and at a tenth of it,
-        where many more decisions are taken; at 0 too when fewer than `ENOUGH` matched. The lower
-        ones are set in the model and in a copy of the graph alike.
+        What differs, and the verification of the detections, None where the checkpoint's model
+        predicts other tensors.
     Raises:
-        UserError: ONNX Runtime cannot load the file.
+        UserError: bad input; or int8 without a dataset, for nothing else can judge it.
     """
-    graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
-    batches = verification_batches(spec, images)
-    tally = Tally()
-    compare(tally, model, graph, batches, spec, spec.score_threshold)
-    at_threshold = tally.expected
-    compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
-    if tally.matched < ENOUGH and not tally.unmatched:
-        compare(tally, model, graph, batches, spec, 0.0)
-    raw_errors, warnings = _raw_errors(model, graph, batches)
-    gates = gates_of(tally, raw_errors)
-    broken = _broken(graph, batches, spec)
-    verdict, explanation = decide(tally, gates, broken)
-    count = sum(len(batch.images) for batch in batches)
-    return VerifyReport(
-        verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
+    graph = read_graph(onnx_path)
+    spec = graph.spec
+    if spec.precision == "int8" and not dataset:
+        raise UserError(f"{onnx_path} is int8: what that costs is seen in AP; give --dataset")
+    if spec.precision == "fp32" and dataset:
+        raise UserError(f"{onnx_path} is float32: --dataset is for what a precision costs")
+    student = load_student(checkpoint, config_file, spec.score_threshold)
+    pixels = read_images(images, spec) if images else None
+    data = load_dataset(*dataset) if dataset else None
+    print(_heading(graph, student, checkpoint))
+    differences = compare_graph(graph, student)
+    report = None
+    if differences.comparable:
+        report = _detections(graph, student, pixels, data, max_ap_drop)
+        print(report.table())
+    return differences, report
+
+
+def _heading(graph: Graph, student: Student, checkpoint) -> str:
+    made_from = graph.spec.hashes.get("checkpoint_sha256", "unknown")
+    same = made_from == student.checkpoint_sha256
+    origin = "the one it was made from" if same else f"it was made from {made_from[:12]}..."
+    return (
+        f"graph       {graph.path}, {graph.spec.architecture} in {graph.spec.precision}, SHA-256 "
+        f"{graph.sha256[:12]}...\n"
+        f"checkpoint  {checkpoint}, SHA-256 {student.checkpoint_sha256[:12]}..., {origin}\n"
+        f"config      {student.config_source}"
     )
 
 
-def compare(
-    tally: Tally,
-    model,
-    graph: GraphUnderTest,
-    batches: Sequence[Batch],
-    spec: ModelSpec,
-    threshold: float,
-) -> None:
-    """Add to the tally what both find at a score threshold; the file's own is not replaced."""
-    if threshold != spec.score_threshold:
-        graph = graph.with_threshold(threshold)
-    tally.thresholds.append(threshold)
-    lines = Decisions(threshold, spec.nms_threshold, spec.max_detections)
-    with score_threshold(model, exportable_class(model).threshold_path, threshold):
-        for batch in batches:
-            outputs, _ = graph.run(batch)
-            for i, expected in enumerate(detectron2_detections(model, batch)):
-                tally.add(expected, detections(outputs, i), lines)
+def _detections(graph: Graph, student, pixels: Optional[List[np.ndarray]], data, max_ap_drop):
+    if graph.spec.precision == "fp32":
+        return verify(student.model, graph.path, graph.spec, pixels)
+    loss = _ap_loss(graph, student, data) if data else None
+    return verify_reduced(student.model, graph.path, graph.spec, pixels, loss, max_ap_drop)
 
 
-def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:
-    broken = []
-    if graph.threshold != np.float32(spec.score_threshold):
-        broken.append(f"the graph's score threshold is {graph.threshold}")
-    for batch in batches:
-        broken += broken_promises(graph.run(batch)[0], batch, spec)
-    if spec.input_dtype == "float32":
-        broken += broken_by_nan(graph, batches[0])
-    return broken
+def _ap_loss(graph: Graph, student: Student, data) -> ApLoss:
+    """AP of the file, and of the checkpoint's float32 graph."""
+    single = reference_graph(graph, student, "fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(single, Path(folder, "model.onnx"))
+        before = average_precision(Path(folder, "model.onnx"), data)
+    return ApLoss(data.name, len(data.images), before, average_precision(graph.path, data))
 
 
-def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
-    """Largest raw errors by name, and warnings. In float64 the first and the last batch do."""
-    judge = RawJudge(model)
-    worst: Dict[str, Dict[str, float]] = {}
-    warnings = []
-    for i, batch in enumerate(batches):
-        outputs, raw = graph.run(batch)
-        cut = judge.cut_images(raw, outputs["num_dets"])
-        if cut:
-            warnings.append(f"batch {i}: more candidates than the graph keeps in {cut} images")
-        if i not in (0, len(batches) - 1):
-            continue
-        for name, errors in judge.errors(batch, {**raw, **outputs}).items():
-            known = worst.setdefault(name, errors)
-            worst[name] = {key: max(known[key], value) for key, value in errors.items()}
-    return worst, warnings
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="verify.py",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help=".onnx file written by deploy/export.py")
+    parser.add_argument("checkpoint", help="the checkpoint that it should be the student of")
+    parser.add_argument("--config-file", metavar="FILE", help="as of deploy/export.py")
+    parser.add_argument("--images", metavar="DIR", help="compare detections on these images too")
+    parser.add_argument("--dataset", help="COCO-format JSON or registered name; int8 needs it")
+    parser.add_argument("--images-root", metavar="DIR", help="of the JSON's images")
+    parser.add_argument(
+        "--max-ap-drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="AP that int8 may lose to float32, of 100 (%(default)s)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def run(argv: Optional[Sequence[str]]) -> int:
+    args = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
+    dataset = (args.dataset, args.images_root) if args.dataset else None
+    differences, report = recheck(
+        args.model, args.checkpoint, args.config_file, args.images, dataset, args.max_ap_drop
+    )
+    print(differences.text())
+    reasons = [*differences.found]
+    if report is None:
+        reasons.append("the checkpoint's model predicts other tensors, nothing more can be compared")
+    elif not report.passed:
+        reasons.append(f"{report.verdict}: {report.explanation}")
+    if reasons:
+        raise ParityError(f"{args.model} is not the graph of {args.checkpoint}: {reasons[0]}")
+    return 0
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Exit code: 0 equal, 2 bad input, 4 not equal."""
+    return run_main(run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -19,7 +19,8 @@ class ExportableDetector(nn.Module):
              may hold anything; image_sizes (B, 2) int32, the true (height, width).
     Outputs: num_dets (B, 1) int32; boxes (B, K, 4) float32 xyxy in canvas pixels, clipped to the
              true size; scores (B, K) float32 descending; labels (B, K) int32. Rows past num_dets:
-             0, 0 and -1. An image of NaN gives no detection.
+             0, 0 and -1. If a pixel of an image or a raw prediction for it is NaN or infinite, all
+             its scores are NaN, and an image of NaN gives no detection.
              With `mask_size` M > 0 also masks (B, K, M, M) float32, the probability of each
              detection's class on a grid that spans its box; 0 past num_dets.
 
@@ -61,8 +62,13 @@ class ExportableDetector(nn.Module):
     def forward(self, images: Tensor, image_sizes: Tensor):
         """Outputs of the class docstring, then the other tensors of `network` in its order."""
         raw = self.network(images, image_sizes)
-        inner = (value for name, value in raw.items() if name not in OUTPUT_NAMES)
-        return (*self.detect(raw, image_sizes), *inner)
+        inner = [value for name, value in raw.items() if name not in OUTPUT_NAMES]
+        counts, boxes, scores, *others = self.detect(raw, image_sizes)
+        # a sum is NaN or infinite when one of its terms is, and reads each value only once
+        pixels = self.normalize(images, image_sizes)
+        sums = [values.reshape(images.shape[0], -1).sum(dim=1) for values in (pixels, *inner)]
+        finite = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
+        return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner)
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """In how many images a fixed limit inside the graph may have cut off detections."""

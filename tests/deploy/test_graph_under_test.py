@@ -37,8 +37,36 @@ def test_threshold_is_changed_in_a_copy(graph):
     assert raw["raw.logits.p3"].shape == (1, 9, 12, 16)  # 3 anchors x 3 classes
 
 
-def test_nan_gives_nothing(graph):
-    assert broken_by_nan(graph, Batch(scenes(1).numpy(), SIZES)) == []
+def test_nan_gives_nothing_and_is_marked(graph):
+    batch = Batch(scenes(1).numpy(), SIZES)
+    assert broken_by_nan(graph, batch) == []
+    assert graph.run(batch)[0]["num_dets"].min() > 0  # there was something to lose
+
+
+@pytest.mark.parametrize(
+    "name, rows, message",
+    [
+        ("num_dets", np.array([[1], [2]]), "gives 1 detections"),
+        ("scores", np.array([[0.0, 0.0], [0.9, 0.8]]), "not marked"),
+        ("boxes", np.full((2, 2, 4), 5.0), "changes what is found in others"),
+    ],
+)
+def test_graphs_that_hide_or_spread_nan_are_named(name, rows, message):
+    """A graph that does all right but one thing."""
+
+    class Stub:
+        def run(self, batch):
+            bad = np.isnan(batch.images).any(axis=(1, 2, 3))
+            outputs = {
+                "num_dets": np.where(bad, 0, 2)[:, None],
+                "boxes": np.zeros((2, 2, 4)),
+                "scores": np.where(bad[:, None], np.nan, [[0.9, 0.8]] * 2),
+            }
+            return outputs | ({name: rows} if bad.any() else {}), {}
+
+    batch = Batch(np.zeros((2, 3, 8, 8), np.float32), np.full((2, 2), 8))
+    (line,) = broken_by_nan(Stub(), batch)
+    assert message in line
 
 
 def test_what_is_no_graph_is_refused():

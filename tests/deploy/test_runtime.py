@@ -15,6 +15,7 @@ from PIL import Image
 
 from deploy.detector import rescale
 from deploy.errors import UserError
+from deploy.preprocess import make_batch, prepare
 from deploy.runtime import OrtDetector
 from deploy.verify_images import draw_scene
 from fgd.config import load_config_text
@@ -123,6 +124,62 @@ def test_non_finite_outputs_are_reported(tmp_path, pixels):
     write_fake_graph(tmp_path / "m.onnx", divisor=0.0)
     with pytest.raises(UserError, match=r"m\.onnx gives NaN or infinity"):
         OrtDetector(tmp_path / "m.onnx").detect([plain(8, 8, (pixels,) * 3)])
+
+
+@pytest.mark.parametrize("fixture", ["dynamic_retinanet", "agnostic_rcnn"])
+def test_a_network_that_fails_is_reported_not_taken_for_an_empty_image(request, fixture, tmp_path):
+    """One weight of the last layer is NaN: every comparison with the threshold is false then."""
+    student, path = request.getfixturevalue(fixture), tmp_path / "model.onnx"
+    scene = draw_scene(np.random.default_rng(3), (96, 128)).astype(np.uint8)
+    assert len(OrtDetector(student.path).detect([scene])[0].scores) > 0
+    graph = onnx.load(student.path)
+    ends = {"raw.logits.p3", "raw.class_logits"}
+    (last,) = [node for node in graph.graph.node if ends & set(node.output)]
+    (bias,) = [t for t in graph.graph.initializer if t.name == last.input[2]]
+    values = np.full(tuple(bias.dims), np.nan, np.float32)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(graph, path)
+    detector = OrtDetector(path)
+    pixels, sizes = make_batch([prepare(scene, detector.spec)], detector.spec)
+    assert detector.run(pixels, sizes)["num_dets"].tolist() == [[0]]
+    with pytest.raises(UserError, match=r"model\.onnx gives NaN or infinity for an image of \(96"):
+        detector.detect([scene])
+
+
+def test_nan_in_one_image_of_a_batch_is_that_images(agnostic_rcnn):
+    detector = OrtDetector(agnostic_rcnn.path)
+    rng = np.random.default_rng(3)
+    images = [draw_scene(rng, size).astype(np.uint8) for size in [(96, 128), (64, 128), (96, 64)]]
+    pixels, sizes = make_batch(images, detector.spec)
+    expected = detector.run(pixels, sizes)
+    pixels[1, 2, 9, 9] = np.nan
+    pixels[2, :, :, 64:] = np.nan  # beside the image, where anything may be
+    found = detector.run(pixels, sizes)
+    assert np.isnan(found["scores"]).all(axis=1).tolist() == [False, True, False]
+    for name in expected:
+        np.testing.assert_array_equal(found[name][[0, 2]], expected[name][[0, 2]])
+    assert expected["num_dets"][[0, 2]].min() > 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_thread_counts_do_not_change_a_bit(exported, arch):
+    """1, 2, 4 and 8 threads within the graph, and as many calling one detector at once."""
+    rng, path = np.random.default_rng(5), exported(arch).path
+    images = [draw_scene(rng, size).astype(np.uint8) for size in [(96, 128), (120, 80)] * 4]
+    expected = OrtDetector(path, threads=1).detect(images)
+    assert sum(len(found.scores) for found in expected) >= 5
+    for threads in (1, 2, 4, 8):
+        detector = OrtDetector(path, threads=threads)
+        assert_identical(detector.detect(images), expected)
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(lambda image, d=detector: d.detect([image])[0], images))
+        assert_identical(found, expected)
+
+
+def assert_identical(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        for name in ("boxes", "scores", "labels"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_more_labels_than_class_names_is_reported(tmp_path):
