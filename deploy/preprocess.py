@@ -43,7 +43,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             own `PIL.Image.MAX_IMAGE_PIXELS` as well, whatever this says.
     Returns:
         (H, W, 3) uint8, BGR, 0..255. EXIF orientation is applied, alpha is dropped, grey is
-        repeated, palette and CMYK are converted.
+        repeated, palette and CMYK are converted; of 16-bit colour the high bytes are taken. 16-bit
+        grey, 32-bit and float images are refused, where Detectron2 clips them at 255.
     Raises:
         UserError: missing, damaged, too large, or more than 8 bits per channel; names the source.
     """

@@ -14,6 +14,8 @@ FORBIDDEN = {
     "deploy.errors": STDLIB_ONLY,
     "deploy.spec": STDLIB_ONLY,
     "deploy.files": STDLIB_ONLY,
+    "deploy.journal": STDLIB_ONLY,
+    "deploy.coco_results": STDLIB_ONLY,
     "deploy.preprocess": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.detector": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.client": TRAINING | {"onnx", "onnxruntime", "pycocotools", "tritonclient"},
@@ -21,7 +23,7 @@ FORBIDDEN = {
     "deploy.paste": TRAINING | {"PIL", "onnx", "onnxruntime", "pycocotools"},
     "deploy.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
-    "deploy.predict": TRAINING | {"onnx", "pycocotools"},
+    "deploy.predict": TRAINING | {"onnx", "onnxruntime", "pycocotools"},  # of a server: no ORT
     "deploy.evaluate": TRAINING | {"onnx"},
     "deploy.benchmark": TRAINING,
 }

@@ -1,6 +1,7 @@
 """The pixels a client feeds are Detectron2's; what cannot be read right is refused."""
 
-import io
+import struct
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from deploy.errors import UserError
 from deploy.preprocess import load_image, make_batch, prepare, resized_shape
@@ -110,20 +111,98 @@ def test_transparent_pixels_keep_their_colour():
     assert load_image(red)[0, 0].tolist() == [0, 0, 255]
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bits_are_refused(tmp_path, name):
-    path = save(Image.fromarray(np.full((4, 4), 300, np.uint16)), tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}.*I;16.*8 bits"):
+@pytest.mark.parametrize(
+    "name, pixels",
+    [
+        ("I;16.png", np.full((4, 4), 300, np.uint16)),
+        ("I;16.tif", np.full((4, 4), 300, np.uint16)),
+        ("I.tif", np.full((4, 4), 70000, np.int32)),
+        ("F.tif", np.full((4, 4), 0.5, np.float32)),
+    ],
+)
+def test_more_than_eight_bits_are_refused(tmp_path, name, pixels):
+    """Detectron2 clips them to 255: nearly all white, or for 0..1 floats all black."""
+    path = save(Image.fromarray(pixels), tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: mode '{name[:-4]}' is not 8 bits"):
         load_image(path)
 
 
-def test_bomb_is_refused_before_decoding(tmp_path):
+def png(header, rows):
+    """A PNG file from its IHDR (width, height, depth, colour type) and its unfiltered rows."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    ihdr = struct.pack(">IIBBBBB", *header, 0, 0, 0)
+    data = compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colour, channels", [(2, 3), (6, 4)], ids=["RGB", "RGBA"])
+def test_sixteen_bit_colour_png_keeps_the_high_bytes(tmp_path, colour, channels):
+    """Pillow reads these as 8 bits, which is right, and so does Detectron2."""
+    values = np.random.default_rng(0).integers(0, 65536, (5, 6, channels)).astype(">u2")
+    path = tmp_path / "deep.png"
+    path.write_bytes(png((6, 5, 16, colour), [row.tobytes() for row in values]))
+    pixels = load_image(path)
+    np.testing.assert_array_equal(pixels[:, :, ::-1], values[:, :, :3] >> 8)
+    np.testing.assert_array_equal(pixels, read_image(str(path), "BGR"))
+
+
+def test_lab_is_refused_and_ycbcr_converted(tmp_path):
+    image = Image.fromarray(noise(6, 7))
+    path = save(image.convert("YCbCr"), tmp_path / "a.tif")
+    np.testing.assert_array_equal(load_image(path), read_image(str(path), "BGR"))
+    path = save(Image.new("LAB", (4, 4)), tmp_path / "lab.tif")
+    with pytest.raises(UserError, match=r"lab\.tif: mode 'LAB'"):
+        load_image(path)
+
+
+def test_transparent_palette_as_detectron2(tmp_path):
+    image = Image.fromarray(noise(6, 7)).convert("P")
+    path = save(image, tmp_path / "a.png", transparency=3)
+    assert "transparency" in Image.open(path).info
+    np.testing.assert_array_equal(load_image(path), read_image(str(path), "BGR"))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_senseless_orientation_is_ignored(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(noise(8, 16)), tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(load_image(path), noise(8, 16)[:, :, ::-1])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp"])
+def test_of_many_frames_the_first_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(1, 5)]
+    path = save(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    assert Image.open(path).n_frames == 4
+    assert abs(int(load_image(path)[0, 0, 2]) - 40) <= 2  # WebP is lossy
+
+
+def test_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
+    """The name, and the size or Pillow's own words about it."""
     path = save(Image.new("1", (16384, 16384)), tmp_path / "bomb.png")
     assert path.stat().st_size < 50_000
-    with pytest.raises(UserError, match="bomb.png"):
+    with pytest.raises(UserError, match=r"bomb\.png exceeds .* 89478485 pixels: .*268435456"):
+        load_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(UserError, match=r"bomb\.png: 16384x16384 is more than the limit of 8947"):
         load_image(path)
     with pytest.raises(UserError, match="20x10 is more than the limit of 199"):
         load_image(Image.new("L", (20, 10)), max_pixels=199)
+    assert load_image(Image.new("L", (20, 10)), max_pixels=200).shape == (10, 20, 3)
+
+
+def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    """PNG's compressed text: 100 MB of zeros in 100 kB, read before the pixels."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "0" * 100_000_000, zip=True)
+    path = save(Image.new("L", (4, 4)), tmp_path / "text.png", pnginfo=info)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(UserError, match=r"text\.png: .*too large"):
+        load_image(path)
 
 
 @pytest.mark.parametrize(
@@ -158,25 +237,3 @@ def test_missing_and_truncated_files_are_refused_by_name(tmp_path):
 def test_arrays_of_another_layout_are_refused(array):
     with pytest.raises(UserError, match="pass"):
         load_image(array)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's remarks about the mutants
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
-def test_damaged_files_give_pixels_or_user_error(tmp_path, kind):
-    """60 mutations per format: nothing but UserError may come out, whatever the decoder does."""
-    buffer = io.BytesIO()
-    Image.fromarray(noise(24, 24)).save(buffer, kind)
-    generator = np.random.default_rng(0)
-    refused = 0
-    for _ in range(60):
-        content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
-        where = generator.integers(0, min(len(content), 300), 8)
-        content[where] = generator.integers(0, 256, 8)
-        path = tmp_path / "mutant"
-        path.write_bytes(content[: generator.integers(1, len(content) + 1)].tobytes())
-        try:
-            assert load_image(path).ndim == 3
-        except UserError as error:
-            refused += 1
-            assert "mutant" in str(error)
-    assert refused > 10

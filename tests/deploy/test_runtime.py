@@ -212,6 +212,15 @@ def test_damaged_files_are_refused_by_name(model, damage):
         OrtDetector(model)
 
 
+def test_unknown_operators_are_refused_by_name(model):
+    graph = onnx.load(model)
+    graph.graph.node[0].op_type, graph.graph.node[0].domain = "Abracadabra", "magic"
+    graph.opset_import.add(domain="magic", version=1)
+    onnx.save(graph, model)
+    with pytest.raises(UserError, match=r"cannot load .*model\.onnx.*Abracadabra"):
+        OrtDetector(model)
+
+
 def test_foreign_graphs_are_refused(tmp_path):
     write_fake_graph(tmp_path / "bare.onnx", metadata=False)
     with pytest.raises(UserError, match=r"bare\.onnx was not written by deploy/export"):
