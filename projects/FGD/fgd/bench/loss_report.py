@@ -59,19 +59,26 @@ def table(run: Dict[str, Any]) -> str:
 
 
 def plot(runs: List[Dict[str, Any]]) -> Figure:
-    """Per pyramid: time over boxes (dashed: the default allocator), and memory."""
+    """Per pyramid: time over boxes (dashed: the default allocator, where both ran), and memory."""
     pyramids = list(dict.fromkeys(run["settings"]["pyramid"] for run in runs))
     figure = Figure(figsize=(10, 3.6 * len(pyramids)), layout="constrained")
     axes = figure.subplots(len(pyramids), 2, squeeze=False)
     for (left, right), pyramid in zip(axes, pyramids):
         own = [run for run in runs if run["settings"]["pyramid"] == pyramid]
         for run in own:
-            _plot_times(left, run, dashed=len(own) > 1 and run["allocator"] == "default")
-        left.set(title=f"{pyramid}: time", xlabel="boxes per image", ylabel="ms", ylim=(0, None))
-        left.legend(fontsize="small")
+            _plot_times(left, run, dashed=run is not own[-1])
+        boxes = own[-1]["settings"]["boxes"]
+        left.set(xscale="log", xlabel="boxes per image", ylabel="ms", ylim=(0, None))
+        left.set_xticks(boxes, boxes)
+        left.minorticks_off()
+        dashes = ", dashed: default allocator" if len(own) > 1 else ""
+        left.set_title(f"{pyramid}: forward and backward{dashes}", fontsize="medium")
         _plot_memory(right, own[-1])
-        right.set(title=f"{pyramid}: memory", ylabel="times the student's maps")
-        right.legend(fontsize="small")
+        right.set_title(f"{pyramid}: memory", fontsize="medium")
+        right.set_ylabel("times the student's maps")
+        for axis in (left, right):
+            axis.margins(y=0.15)
+            axis.legend(fontsize="small")
     return figure
 
 
@@ -88,12 +95,12 @@ def _plot_times(axis, run: Dict[str, Any], dashed: bool) -> None:
         rows = sorted(_of(run, name), key=lambda row: row["boxes"])
         x = [row["boxes"] for row in rows]
         style = {"color": f"C{i}", "linestyle": "--" if dashed else "-", "marker": "."}
-        label = f"{name}, allocator {run['allocator']}"
+        label = None if dashed else name
         axis.plot(x, [row["median_ms"] for row in rows], label=label, **style)
         low, high = ([row[key] for row in rows] for key in ("p10_ms", "p90_ms"))
         axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    axis.axhline(run["floor_ms"], color="0.5", linewidth=0.8, linestyle=":")
-    axis.set_xscale("symlog")
+    if not dashed:
+        axis.axhline(run["floor_ms"], color="0.5", linestyle=":", label="bandwidth floor")
 
 
 def _plot_memory(axis, run: Dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def measure(
     return {
         "settings": {
             "student": cfg.MODEL.DISTILLER.STUDENT,
-            "teacher": node.CONFIG_FILE,
+            "teacher": node.CONFIG_FILE or node.WEIGHTS,
             "size": size,
             "batch": batch,
             "boxes": boxes,
@@ -173,7 +173,7 @@ def table(run: Dict[str, Any]) -> str:
     """The run as two Markdown tables, goal and warnings."""
     s = run["settings"]
     heading = (
-        f"{s['student']} and its teacher {s['teacher']}, {s['size'][0]}x{s['size'][1]}, batch "
+        f"{s['student']}, teacher {s['teacher']}, {s['size'][0]}x{s['size'][1]}, batch "
         f"{s['batch']}, {s['boxes']} boxes, {s['device']}, {s['threads']} threads, {s['rounds']} "
         f"rounds, AMP {s['amp']}. A step is forward, backward, clipping and optimizer."
     )
