@@ -9,9 +9,8 @@ from collections import Counter
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
-import numpy as np
 import onnx
 
 from deploy.convert import OPSET, to_onnx
@@ -23,11 +22,10 @@ from deploy.inventory import take_inventory
 from deploy.load import Student, load_student
 from deploy.precision import FILES as REDUCED_FILES
 from deploy.precision import PRECISIONS, Reduction, add_precision, require_all_passed
-from deploy.predict import find_images
-from deploy.preprocess import load_image, prepare
 from deploy.quantize import RECIPES
 from deploy.spec import ModelSpec
-from deploy.verify import verify
+from deploy.verification import verify
+from deploy.verify_images import read_images
 from deploy.verify_report import VerifyReport
 
 _EXAMPLES = """examples:
@@ -41,7 +39,6 @@ be shown to equal the model (it is then kept as model.failed.onnx, for inspectio
 """
 _GRAPH_FILES = ("model.onnx", "model.json", "model.failed.onnx", *REDUCED_FILES)
 _PACKAGES = ("fgd", "detectron2", "torch", "onnx", "onnxscript")
-_MOST_IMAGES = 30  # of --images, evenly spaced: each is run by Detectron2 as well
 
 
 def export(
@@ -82,7 +79,7 @@ def export(
     student = load_student(checkpoint, config_file, score_threshold)
     detector = exportable(student.model)
     spec = make_spec(student, detector, size, dynamic, input_dtype)
-    pixels = _read_images(images, spec) if images else None
+    pixels = read_images(images, spec) if images else None
     reduction = reduction or Reduction()
     inputs = reduction.open(student.classes)
     make_folder(output)
@@ -166,12 +163,6 @@ def _refuse_existing(output: Path, force: bool) -> None:
     found = [name for name in names if (output / name).exists()]
     if found and not force:
         raise UserError(f"{output} already holds {', '.join(found)}; --force replaces them")
-
-
-def _read_images(folder, spec: ModelSpec) -> List[np.ndarray]:
-    files = find_images([folder])
-    chosen = np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).round().astype(int)
-    return [prepare(load_image(files[i]), spec) for i in chosen]
 
 
 def _convert(detector: ExportableDetector, spec: ModelSpec) -> Tuple[onnx.ModelProto, Dict]:

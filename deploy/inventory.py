@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 _PREFIX = "student."  # of the student's tensors, from `ExportableDetector.student`
-_FOLDED_BIAS = "_bias"  # what the exporter appends to a convolution's weight when it folds
+FOLDED_BIAS = "_bias"  # what the exporter appends to a convolution's weight when it folds
 _LARGEST_CONSTANT = 64  # floating-point values that differ; numbers of classes are integers
 
 
@@ -65,7 +65,7 @@ def take_inventory(student: nn.Module, model: onnx.ModelProto) -> Inventory:
         if name.removeprefix(_PREFIX) in kept:
             continue
         values = int(np.prod(tensor.dims))
-        if name.endswith(_FOLDED_BIAS) and name.removesuffix(_FOLDED_BIAS) in in_file:
+        if name.endswith(FOLDED_BIAS) and name.removesuffix(FOLDED_BIAS) in in_file:
             found.biases += values
             continue
         found.constants += values

@@ -13,7 +13,7 @@ from deploy.layers import check_precision
 from deploy.matching import Decisions, Found, match_detections
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.verify import compare
+from deploy.verification import compare
 from deploy.verify_images import verification_batches
 from deploy.verify_report import ENOUGH, Gate, Tally, VerifyReport
 

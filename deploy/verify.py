@@ -4,16 +4,22 @@ import argparse
 import tempfile
 import warnings
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
-import numpy as np
 import onnx
 
-from deploy.coco_data import load_dataset
+from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.load import Student, load_student
 from deploy.precision_gates import ApLoss, average_precision, verify_reduced
-from deploy.recheck import Differences, Graph, compare_graph, read_graph, reference_graph
+from deploy.recheck import (
+    Differences,
+    Graph,
+    Reference,
+    compare_graph,
+    make_reference,
+    read_graph,
+)
 from deploy.verification import verify
 from deploy.verify_images import read_images
 from deploy.verify_report import VerifyReport
@@ -61,10 +67,11 @@ def recheck(
     pixels = read_images(images, spec) if images else None
     data = load_dataset(*dataset) if dataset else None
     print(_heading(graph, student, checkpoint))
-    differences = compare_graph(graph, student)
-    report = None
+    reference = make_reference(graph, student)
+    differences, report = compare_graph(graph, reference, student), None
     if differences.comparable:
-        report = _detections(graph, student, pixels, data, max_ap_drop)
+        loss = _ap_loss(graph, reference, data) if data else None
+        report = _judge(graph, student, pixels, loss, max_ap_drop)
         print(report.table())
     return differences, report
 
@@ -81,18 +88,16 @@ def _heading(graph: Graph, student: Student, checkpoint) -> str:
     )
 
 
-def _detections(graph: Graph, student, pixels: Optional[List[np.ndarray]], data, max_ap_drop):
+def _judge(graph: Graph, student: Student, images, loss, max_ap_drop: float) -> VerifyReport:
     if graph.spec.precision == "fp32":
-        return verify(student.model, graph.path, graph.spec, pixels)
-    loss = _ap_loss(graph, student, data) if data else None
-    return verify_reduced(student.model, graph.path, graph.spec, pixels, loss, max_ap_drop)
+        return verify(student.model, graph.path, graph.spec, images)
+    return verify_reduced(student.model, graph.path, graph.spec, images, loss, max_ap_drop)
 
 
-def _ap_loss(graph: Graph, student: Student, data) -> ApLoss:
+def _ap_loss(graph: Graph, reference: Reference, data: CocoData) -> ApLoss:
     """AP of the file, and of the checkpoint's float32 graph."""
-    single = reference_graph(graph, student, "fp32")
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(single, Path(folder, "model.onnx"))
+        onnx.save(reference.single, Path(folder, "model.onnx"))
         before = average_precision(Path(folder, "model.onnx"), data)
     return ApLoss(data.name, len(data.images), before, average_precision(graph.path, data))
 
@@ -131,7 +136,7 @@ def run(argv: Optional[Sequence[str]]) -> int:
     print(differences.text())
     reasons = [*differences.found]
     if report is None:
-        reasons.append("the checkpoint's model predicts other tensors, nothing more can be compared")
+        reasons.append("its predictions are other tensors, nothing more can be compared")
     elif not report.passed:
         reasons.append(f"{report.verdict}: {report.explanation}")
     if reasons:

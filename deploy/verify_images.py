@@ -4,9 +4,12 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from deploy.predict import find_images
+from deploy.preprocess import load_image, prepare
 from deploy.spec import ModelSpec
 
 _SMALLEST = 32  # pixels, of the smallest image tried
+_MOST_IMAGES = 30  # of the user's, evenly spaced: each is run by Detectron2 as well
 
 
 class Batch(NamedTuple):
@@ -43,6 +46,17 @@ def verification_batches(
         ragged = [drawn[0], drawn[1], blank, *drawn[2:], *(images or [])]
         batches += [make_noisy_batch(rng, three, spec) for three in _in_threes(ragged)]
     return batches
+
+
+def read_images(folder, spec: ModelSpec) -> List[np.ndarray]:
+    """Up to 30 images of a folder as `verification_batches` takes them.
+
+    Raises:
+        UserError: no such folder, no image in it, or one that cannot be read.
+    """
+    files = find_images([folder])
+    chosen = np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).round().astype(int)
+    return [prepare(load_image(files[i]), spec) for i in chosen]
 
 
 def _largest(spec: ModelSpec) -> Tuple[int, int]:

@@ -26,7 +26,7 @@ from tests.deploy.conftest import (
     save_checkpoint,
     toy_cfg,
 )
-from tests.deploy.test_verify import change
+from tests.deploy.test_verification import change
 
 ROOT = Path(__file__).parents[2]
 

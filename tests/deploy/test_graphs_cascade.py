@@ -9,7 +9,7 @@ from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.oracle import detectron2_detections
 from deploy.tiny import CANVAS, conditioned, scenes, tiny_cfg
-from deploy.verify import verify
+from deploy.verification import verify
 from deploy.verify_images import Batch
 from tests.deploy.conftest import (
     SIZES,
@@ -18,7 +18,7 @@ from tests.deploy.conftest import (
     detectron2_outputs,
     ort_outputs,
 )
-from tests.deploy.test_verify import change
+from tests.deploy.test_verification import change
 
 
 @pytest.fixture(scope="module")

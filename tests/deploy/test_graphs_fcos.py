@@ -8,14 +8,14 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.tiny import CANVAS, conditioned, scenes, tiny_cfg
-from deploy.verify import verify
+from deploy.verification import verify
 from tests.deploy.conftest import (
     SIZES,
     assert_equal_detections,
     detectron2_outputs,
     ort_outputs,
 )
-from tests.deploy.test_verify import change
+from tests.deploy.test_verification import change
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN", ""])

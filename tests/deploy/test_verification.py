@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from deploy.verify import verify
+from deploy.verification import verify
 from deploy.verify_images import draw_scene
 from tests.deploy.conftest import ARCHITECTURES, CANVAS
 

@@ -1,0 +1,169 @@
+"""What two graphs of one detector differ in: nodes, and initializers by name. Needs onnx."""
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from deploy.inventory import FOLDED_BIAS
+
+# In units of the dtype's epsilon: batch norms folded by another PyTorch may round differently.
+_ROUNDINGS = 16
+_MANY = 10  # differing initializers, and a tenth of all, that are no accident
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One initializer that is not the reference's.
+
+    largest: absolute difference; None where dtype or shape differ.  scale: the reference's largest
+    absolute value.  changed: values that differ, of `values`.  readers: nodes that read it.
+    """
+
+    name: str
+    readers: str
+    largest: Optional[float]
+    scale: float
+    changed: int
+    values: int
+    note: str
+
+    def text(self) -> str:
+        """One line."""
+        what = f"{self.name}, read by {self.readers}: "
+        if self.largest is None:
+            return what + self.note
+        return what + (
+            f"{self.changed:,} of {self.values:,} values differ, by up to {self.largest:.3g} "
+            f"(largest value {self.scale:.3g})" + (f"; {self.note}" if self.note else "")
+        )
+
+
+@dataclass
+class Comparison:
+    """Initializers of a graph beside those of a reference, by name."""
+
+    equal: int = 0  # to the last bit
+    rounded: int = 0  # apart by rounding only
+    differences: List[TensorDifference] = field(default_factory=list)  # in the graph's order
+    missing: List[str] = field(default_factory=list)  # of the reference, not in the graph
+    extra: List[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Initializers that both have."""
+        return self.equal + self.rounded + len(self.differences)
+
+    @property
+    def other_weights(self) -> bool:
+        """Whether so many differ that this is another training rather than a change."""
+        return len(self.differences) >= max(_MANY, self.total / 10)
+
+
+def compare_initializers(model: onnx.ModelProto, reference: onnx.ModelProto) -> Comparison:
+    """Compare the initializers of equal names; those of one graph alone are listed."""
+    found, expected = _initializers(model), _initializers(reference)
+    readers, result = _readers(model), Comparison()
+    order = {name: i for i, name in enumerate(readers)}
+    for name in sorted(found.keys() & expected.keys(), key=lambda n: order.get(n, len(order))):
+        a, b = (numpy_helper.to_array(tensors[name]) for tensors in (found, expected))
+        if a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes():
+            result.equal += 1
+        elif _within_rounding(name, a, b):
+            result.rounded += 1
+        else:
+            where = ", ".join(readers.get(name, ["nothing"])[:3])
+            result.differences.append(_describe(name, where, a, b))
+    result.missing = [name for name in expected if name not in found]
+    result.extra = [name for name in found if name not in expected]
+    return result
+
+
+def structure_difference(model: onnx.ModelProto, reference: onnx.ModelProto) -> Optional[str]:
+    """The first node, input or output that is another in the reference; None if all are equal."""
+    for kind in ("input", "output"):
+        pair = [getattr(x.graph, kind) for x in (model, reference)]
+        if [v.SerializeToString() for v in pair[0]] != [v.SerializeToString() for v in pair[1]]:
+            return f"the graph's {kind}s are not the reference's"
+    nodes, others = model.graph.node, reference.graph.node
+    for i, (node, other) in enumerate(zip(nodes, others)):
+        if (node.op_type, node.domain) != (other.op_type, other.domain):
+            return f"node {i} is {_title(node)}, not {_title(other)}"
+        if (node.input, node.output) != (other.input, other.output):
+            return f"node {i}, {_title(node)}, reads or makes other tensors"
+        a, b = ({x.name: x for x in y.attribute} for y in (node, other))
+        for name in sorted(a.keys() | b.keys()):
+            if a.get(name) != b.get(name):
+                values = [
+                    onnx.helper.get_attribute_value(x[name]) if name in x else "not given"
+                    for x in (a, b)
+                ]
+                return f"node {i}, {_title(node)}: {name} is {values[0]}, not {values[1]}"
+    if len(nodes) != len(others):
+        return f"{len(nodes)} nodes, not {len(others)}"
+    return None
+
+
+def _initializers(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _readers(model: onnx.ModelProto) -> Dict[str, List[str]]:
+    """Tensor -> nodes that read it, with the operator's own name for that input, in order."""
+    readers: Dict[str, List[str]] = {}
+    opset = {entry.domain: entry.version for entry in model.opset_import}
+    for node in model.graph.node:
+        schema = onnx.defs.get_schema(node.op_type, opset[node.domain], node.domain)
+        for i, name in enumerate(node.input):
+            role = schema.inputs[min(i, len(schema.inputs) - 1)].name
+            readers.setdefault(name, []).append(f"{_title(node)} as {role}")
+    return readers
+
+
+def _title(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {node.name}".strip()
+
+
+def _within_rounding(name: str, found: np.ndarray, expected: np.ndarray) -> bool:
+    if found.dtype != expected.dtype or found.shape != expected.shape or found.dtype.kind != "f":
+        return False
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    size = np.abs(b)
+    if name.endswith(FOLDED_BIAS):
+        size = size.max()  # a difference of two products, whose rounding may exceed it
+    return bool((np.abs(a - b) <= _ROUNDINGS * np.finfo(found.dtype).eps * size).all())
+
+
+def _describe(name: str, readers: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        note = f"it is {a.dtype} {list(a.shape)}, not {b.dtype} {list(b.shape)}"
+        return TensorDifference(name, readers, None, 0.0, a.size, a.size, note)
+    same = (a == b) | ((a != a) & (b != b))
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        largest = float(np.abs(np.where(same, 0.0, x - y)).max())
+    scale = float(np.abs(y).max())
+    note = _note(x, y, same)
+    return TensorDifference(name, readers, largest, scale, int((~same).sum()), a.size, note)
+
+
+def _note(a: np.ndarray, b: np.ndarray, same: np.ndarray) -> str:
+    """What kind of change it looks like; "" for none in particular."""
+    if not np.isfinite(a).all():
+        return "NaN or infinity"
+    parts = []
+    if a.ndim and len(a) > 1:
+        rows = np.flatnonzero(~same.reshape(len(a), -1).all(axis=1))
+        if len(rows) <= min(4, len(a) - 1):
+            parts.append(f"at index {', '.join(map(str, rows))} of its first axis")
+    if a.size > 1 and np.array_equal(np.sort(a, axis=None), np.sort(b, axis=None)):
+        return "; ".join([*parts, "the same values in another order"])
+    changed = ~same & (b != 0)
+    ratios = a[changed] / b[changed]
+    if a.size == 1:
+        parts.append(f"{a.item():g}, not {b.item():g}")
+    elif changed.sum() == (~same).sum() and np.ptp(ratios) <= 1e-4 * abs(ratios[0]):
+        parts.append(f"times {ratios[0]:.6g}")
+    return "; ".join(parts)

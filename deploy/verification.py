@@ -1,0 +1,97 @@
+"""Proof that an exported graph equals the model: run with every export, and never on nothing."""
+
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+import onnx
+
+from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
+from deploy.graphs import exportable_class
+from deploy.matching import Decisions
+from deploy.oracle import RawJudge, detectron2_detections, score_threshold
+from deploy.spec import ModelSpec
+from deploy.verify_images import Batch, verification_batches
+from deploy.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
+
+
+def verify(
+    model, onnx_path, spec: ModelSpec, images: Optional[Sequence[np.ndarray]] = None
+) -> VerifyReport:
+    """Compare a graph with Detectron2's inference and with the network in float64.
+
+    Args:
+        model: the Detectron2 student, with the score threshold that was exported.
+        onnx_path: file written by `convert.to_onnx`.  spec: its contract.
+        images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
+    Returns:
+        The report. Detections are compared at the spec's score threshold and at a tenth of it,
+        where many more decisions are taken; at 0 too when fewer than `ENOUGH` matched. The lower
+        ones are set in the model and in a copy of the graph alike.
+    Raises:
+        UserError: ONNX Runtime cannot load the file.
+    """
+    graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
+    batches = verification_batches(spec, images)
+    tally = Tally()
+    compare(tally, model, graph, batches, spec, spec.score_threshold)
+    at_threshold = tally.expected
+    compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
+    if tally.matched < ENOUGH and not tally.unmatched:
+        compare(tally, model, graph, batches, spec, 0.0)
+    raw_errors, warnings = _raw_errors(model, graph, batches)
+    gates = gates_of(tally, raw_errors)
+    broken = _broken(graph, batches, spec)
+    verdict, explanation = decide(tally, gates, broken)
+    count = sum(len(batch.images) for batch in batches)
+    return VerifyReport(
+        verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
+    )
+
+
+def compare(
+    tally: Tally,
+    model,
+    graph: GraphUnderTest,
+    batches: Sequence[Batch],
+    spec: ModelSpec,
+    threshold: float,
+) -> None:
+    """Add to the tally what both find at a score threshold; the file's own is not replaced."""
+    if threshold != spec.score_threshold:
+        graph = graph.with_threshold(threshold)
+    tally.thresholds.append(threshold)
+    lines = Decisions(threshold, spec.nms_threshold, spec.max_detections)
+    with score_threshold(model, exportable_class(model).threshold_path, threshold):
+        for batch in batches:
+            outputs, _ = graph.run(batch)
+            for i, expected in enumerate(detectron2_detections(model, batch)):
+                tally.add(expected, detections(outputs, i), lines)
+
+
+def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:
+    broken = []
+    if graph.threshold != np.float32(spec.score_threshold):
+        broken.append(f"the graph's score threshold is {graph.threshold}")
+    for batch in batches:
+        broken += broken_promises(graph.run(batch)[0], batch, spec)
+    if spec.input_dtype == "float32":
+        broken += broken_by_nan(graph, max(batches, key=lambda batch: len(batch.images)))
+    return broken
+
+
+def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
+    """Largest raw errors by name, and warnings. In float64 the first and the last batch do."""
+    judge = RawJudge(model)
+    worst: Dict[str, Dict[str, float]] = {}
+    warnings = []
+    for i, batch in enumerate(batches):
+        outputs, raw = graph.run(batch)
+        cut = judge.cut_images(raw, outputs["num_dets"])
+        if cut:
+            warnings.append(f"batch {i}: more candidates than the graph keeps in {cut} images")
+        if i not in (0, len(batches) - 1):
+            continue
+        for name, errors in judge.errors(batch, {**raw, **outputs}).items():
+            known = worst.setdefault(name, errors)
+            worst[name] = {key: max(known[key], value) for key, value in errors.items()}
+    return worst, warnings
