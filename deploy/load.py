@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -51,7 +51,7 @@ def load_student(
     checkpoint = read_weights(str(path))
     cfg, source = _find_config(path, checkpoint, config_file)
     cfg = _inference_config(cfg, source, score_threshold)
-    model = build_model(cfg).eval()
+    model = _build(cfg, source)
     report = load_complete(model, str(path), what="student")
     # Older files hold buffers that are constants of the config today.
     unknown = sorted(set(report.unexpected) - {name for name, _ in model.named_buffers()})
@@ -104,6 +104,29 @@ def _inference_config(cfg: CfgNode, source: str, score_threshold: Optional[float
         for node in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
             node.SCORE_THRESH_TEST = score_threshold
     return cfg
+
+
+def _build(cfg: CfgNode, source: str) -> nn.Module:
+    """The model in eval mode. UserError names the config key of a part that is not Detectron2's."""
+    try:
+        return build_model(cfg).eval()
+    except KeyError as error:  # of a registry: "No object named 'X' found in 'Y' registry!"
+        keys = [key for key, value in _leaves(cfg) if f"'{value}'" in str(error)]
+        if not keys:
+            raise
+        raise UserError(
+            f"{source}: {' and '.join(keys)}: {error.args[0]} What other packages register cannot "
+            "be exported"
+        ) from error
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """("MODEL.ROI_HEADS.NAME", value) of every value in a config."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _class_names(path: Path, checkpoint: Dict, cfg: CfgNode) -> List[str]:

@@ -1,9 +1,7 @@
 import pytest
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
-from deploy.errors import UserError
 from deploy.graphs import exportable, rcnn
 from deploy.graphs.regions import pool
 from tests.deploy.conftest import (
@@ -72,38 +70,6 @@ def test_more_candidates_than_the_limit_are_reported(model, monkeypatch):
     monkeypatch.setattr(rcnn, "MAX_CANDIDATES", 2)
     assert detector.cut_images(raw, count) == 1
     assert detector.cut_images(raw, torch.full_like(count, 100)) == 0  # a full list is exact
-
-
-def _keypoints(cfg):
-    cfg.MODEL.KEYPOINT_ON = True
-    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [8]
-
-
-def _c4(cfg):
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_resnet_backbone", ["res4"]
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.IN_FEATURES = "Res5ROIHeads", ["res4"]
-    cfg.MODEL.RPN.IN_FEATURES = ["res4"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32, 64]]
-
-
-def _roi_pool(cfg):
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE = "ROIPool"
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (_keypoints, "MODEL.KEYPOINT_ON"),
-        (_c4, "MODEL.ROI_HEADS.NAME: Res5ROIHeads"),
-        (_roi_pool, "MODEL.ROI_BOX_HEAD.POOLER_TYPE: RoIPool"),
-    ],
-)
-def test_other_heads_are_refused_by_name(change, message):
-    cfg = make_cfg()
-    change(cfg)
-    with pytest.raises(UserError, match=message):
-        exportable(build_model(cfg))
 
 
 def test_onnx_dynamic_image_class_agnostic(agnostic_rcnn):
