@@ -36,7 +36,11 @@ class Journal:
         return entry if stamp is not None and stamp == _stamp(file) else None
 
     def add(self, entries: Sequence[Tuple[Path, Dict[str, Any]]]) -> None:
-        """Note finished files; on disk when this returns."""
+        """Note finished files: with the system when this returns, so that no kill undoes it.
+
+        Not forced to the disk, which could take longer than the detection: after a power cut the
+        last files are done again.
+        """
         lines = b"".join(
             _line({"file": str(file), "stamp": _stamp(file), "entry": entry})
             for file, entry in entries
@@ -44,8 +48,6 @@ class Journal:
         try:
             with open(self.path, "ab") as journal:
                 journal.write(lines)
-                journal.flush()
-                os.fsync(journal.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
 
