@@ -3,7 +3,7 @@
 Needs onnx. Says what precision a file really has, whatever it claims.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Dict, List, Optional, Set
 
 import numpy as np
@@ -25,13 +25,15 @@ _POOLING = ("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax")
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with weights. `weight` is the initializer's name, `values` its number of elements.
+    """One node with weights, number `index` of the graph.
 
+    weight: the initializer's name.  values: its number of elements.
     stored: "fp32", "fp16" or "int8", as the node computes: int8 needs quantised input as well.
     work: multiply-accumulates per input and output value; independent of the image's size.
     pooled: it sees one average per channel, as in squeeze-and-excitation, and costs nothing.
     """
 
+    index: int
     node: str
     op: str
     weight: str
@@ -62,12 +64,23 @@ def weighted_layers(model: onnx.ModelProto) -> List[Layer]:
     producers = {name: node for node in model.graph.node for name in node.output}
     pooled = _pooled(model.graph)
     layers = []
-    for node in model.graph.node:
+    for index, node in enumerate(model.graph.node):
         if node.op_type in _WEIGHTED_OPS:
             path = _to_initializer(node.input[1], initializers, producers)
             if path is not None:
-                layer = _layer(node, path, initializers[path[-1]], producers)
-                layers.append(replace(layer, pooled=node.output[0] in pooled))
+                tensor = initializers[path.pop()]
+                layers.append(
+                    Layer(
+                        index=index,
+                        node=node.name,
+                        op=node.op_type,
+                        weight=tensor.name,
+                        values=int(np.prod(tensor.dims)),
+                        stored=_stored(node, path, tensor, producers),
+                        work=_work(node, tensor.dims),
+                        pooled=node.output[0] in pooled,
+                    )
+                )
     return layers
 
 
@@ -102,7 +115,10 @@ def _shares(layers: List[Layer]) -> Dict[str, float]:
 
 
 def _to_initializer(name: str, initializers: Dict, producers: Dict) -> Optional[List]:
-    """Nodes from a layer's weight input back to its initializer, whose name comes last."""
+    """Nodes from a layer's weight input back to its initializer, whose name comes last.
+
+    None if it has none: MatMul of two activations.
+    """
     path: List = []
     while name not in initializers:
         node = producers.get(name)
@@ -113,19 +129,16 @@ def _to_initializer(name: str, initializers: Dict, producers: Dict) -> Optional[
     return [*path, name]
 
 
-def _layer(node: onnx.NodeProto, path: List, tensor: onnx.TensorProto, producers: Dict) -> Layer:
-    operators = [step.op_type for step in path[:-1]]
-    before = producers.get(node.input[0])
+def _stored(node: onnx.NodeProto, path: List, tensor: onnx.TensorProto, producers: Dict) -> str:
+    """What the layer computes in, by the nodes between its initializer and its weight input."""
+    operators = [step.op_type for step in path]
     if "DequantizeLinear" in operators:
+        before = producers.get(node.input[0])
         fed = before is not None and before.op_type == "DequantizeLinear"
-        stored = "int8" if fed and tensor.data_type == onnx.TensorProto.INT8 else "fp32"
-    elif "Cast" in operators:
-        cast = next(step for step in path if step.op_type == "Cast")
-        stored = _NAMES.get(_attribute(cast, "to", 0), "fp32")
-    else:
-        stored = _NAMES.get(tensor.data_type, "fp32")
-    values = int(np.prod(tensor.dims))
-    return Layer(node.name, node.op_type, tensor.name, values, stored, _work(node, tensor.dims))
+        return "int8" if fed and tensor.data_type == onnx.TensorProto.INT8 else "fp32"
+    if "Cast" in operators:  # the first is the nearest to the layer
+        return _NAMES.get(_attribute(path[operators.index("Cast")], "to", 0), "fp32")
+    return _NAMES.get(tensor.data_type, "fp32")
 
 
 def _work(node: onnx.NodeProto, dims) -> float:

@@ -6,8 +6,7 @@ import onnx
 from onnx import helper
 
 from deploy.errors import UserError
-
-_NETWORK_OPS = {"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul"}
+from deploy.layers import weighted_layers
 
 
 def network_only(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -22,16 +21,12 @@ def network_only(model: onnx.ModelProto) -> onnx.ModelProto:
         UserError: no layer with weights, or nothing behind them.
     """
     graph = model.graph
-    weights = {initializer.name for initializer in graph.initializer}
-    network = _ancestors(
-        graph,
-        {
-            i
-            for i, node in enumerate(graph.node)
-            if node.op_type in _NETWORK_OPS and weights & set(node.input)
-        },
-    )
+    network = _ancestors(graph, {layer.index for layer in weighted_layers(model)})
     made = {name for i in network for name in graph.node[i].output}
+    for i, node in enumerate(graph.node):  # without them the last layers would run in float
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] in made:
+            network |= _ancestors(graph, {i})
+            made.update(node.output)
     rest = [node for i, node in enumerate(graph.node) if i not in network]
     needed = {name for node in rest for name in node.input} & made
     if not needed:
