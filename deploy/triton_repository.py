@@ -29,6 +29,8 @@ The pixels' path from an image file to the graph and back is deploy/client.py's.
 SPEC_PARAMETER = "spec"  # of config.pbtxt: the ModelSpec's metadata, for clients
 LABELS = "labels.txt"
 _DEFAULT_BATCH = 8
+# what all versions of a model have in common, because clients prepare images by it
+_SHARED = ("classes", "input_format", "min_size", "max_size", "size_divisibility", "dynamic")
 _TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32"}
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
@@ -37,18 +39,15 @@ _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 class ServedModel:
     """The files of one model.
 
-    interface: the part of config.pbtxt that all versions of a model share, fixed by the graph;
-    service: the rest, which the user may tune;  labels: a class name per line;  graph: the file.
+    spec: of the graph;  tensors: the part of config.pbtxt that says what goes in and out;
+    config: all of it;  labels: a class name per line;  graph: the file.
     """
 
-    interface: str
-    service: str
+    spec: ModelSpec
+    tensors: str
+    config: str
     labels: str
     graph: bytes
-
-    @property
-    def config(self) -> str:
-        return self.service + self.interface
 
 
 def served_model(
@@ -73,9 +72,11 @@ def served_model(
     if any(len(label.splitlines()) != 1 for label in spec.classes):
         raise UserError(f"a class name is empty or has a line break: {spec.classes}")
     batch = _batch_size(spec, max_batch_size, model)
+    tensors = _tensors(spec)
     return ServedModel(
-        interface=_interface(spec),
-        service=_service(name, batch, instances, device),
+        spec=spec,
+        tensors=tensors,
+        config=_service(name, batch, instances, device) + tensors + _spec_line(spec),
         labels="".join(f"{label}\n" for label in spec.classes),
         graph=detector.path.read_bytes(),
     )
@@ -95,12 +96,9 @@ def _batch_size(spec: ModelSpec, wanted: Optional[int], model) -> int:
     return wanted
 
 
-def _interface(spec: ModelSpec) -> str:
-    """Inputs, outputs, and the spec: what a client relies on.
-
-    The batch dimension is left out where Triton batches, which is where the graph leaves it open.
-    The spec's hashes and versions are left out: they differ from one training to the next.
-    """
+def _tensors(spec: ModelSpec) -> str:
+    """Inputs and outputs. Without the batch dimension where Triton batches, which is where the
+    graph leaves it open."""
     contract, blocks = spec.contract(), []
     for kind in ("input", "output"):
         tensors = []
@@ -111,9 +109,26 @@ def _interface(spec: ModelSpec) -> str:
             dtype = _TYPES[tensor["dtype"]]
             tensors.append(f'  {{ name: "{name}" data_type: {dtype} dims: [ {dims} ]{label} }}')
         blocks.append(f"{kind} [\n" + ",\n".join(tensors) + "\n]\n")
+    return "".join(blocks)
+
+
+def _spec_line(spec: ModelSpec) -> str:
+    """For clients. Without hashes and versions, which are a version's own."""
     metadata = json.dumps(replace(spec, hashes={}, versions={}).to_metadata())
-    value = f"value: {{ string_value: {_quoted(metadata)} }}"
-    return "".join(blocks) + f'parameters: {{ key: "{SPEC_PARAMETER}" {value} }}\n'
+    # json.dumps once more: of ASCII it makes what is a string in protobuf's text format, too
+    value = f"value: {{ string_value: {json.dumps(metadata)} }}"
+    return f'parameters: {{ key: "{SPEC_PARAMETER}" {value} }}\n'
+
+
+def _served_spec(config: str) -> Optional[ModelSpec]:
+    """What `_spec_line` put into a config.pbtxt; None if there is none or it cannot be read."""
+    line = re.search(
+        rf'key: "{SPEC_PARAMETER}" value: {{ string_value: (".*") }} }}$', config, re.M
+    )
+    try:
+        return ModelSpec.from_metadata(json.loads(json.loads(line[1])))
+    except (TypeError, ValueError):
+        return None
 
 
 def _service(name: str, max_batch_size: int, instances: int, device: str) -> str:
@@ -126,11 +141,6 @@ def _service(name: str, max_batch_size: int, instances: int, device: str) -> str
     if max_batch_size > 1:
         lines.append("dynamic_batching { }")
     return "\n".join(lines) + "\n"
-
-
-def _quoted(ascii_text: str) -> str:
-    """As a string of the protobuf text format."""
-    return '"' + ascii_text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def publish(served: ServedModel, repository, name: str, version: int, force: bool = False) -> bool:
@@ -148,7 +158,7 @@ def publish(served: ServedModel, repository, name: str, version: int, force: boo
         raise UserError(f"--version is {version}, expected 1 or more")
     target = Path(repository) / name
     others = [found for found in _versions(target) if found != version]
-    fits = _has_interface(target, served.interface)
+    fits = _fits(target, served)
     if (target / str(version)).exists() and not force:
         raise UserError(f"{target} has version {version}; use another --version, or --force")
     if target.exists() and not fits and (others or not force):
@@ -180,11 +190,18 @@ def _versions(target: Path) -> List[int]:
     return sorted(int(path.name) for path in folders if path.name.isdecimal())
 
 
-def _has_interface(target: Path, interface: str) -> bool:
+def _fits(target: Path, served: ServedModel) -> bool:
+    """Whether clients of the model at `target` would notice nothing but better detections."""
     try:
-        return interface in (target / "config.pbtxt").read_text(encoding="utf-8")
+        config = (target / "config.pbtxt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
+    spec = _served_spec(config)
+    return (
+        spec is not None
+        and served.tensors in config
+        and all(getattr(spec, name) == getattr(served.spec, name) for name in _SHARED)
+    )
 
 
 @contextmanager

@@ -71,8 +71,8 @@ def test_config_agrees_with_the_graph(tmp_path, changes):
 
 def test_masks_are_an_output_like_the_others():
     spec = fake_spec(task="instance_segmentation", mask_size=28)
-    interface = triton_repository._interface(spec)
-    assert '{ name: "masks" data_type: TYPE_FP32 dims: [ 3, 28, 28 ] }' in interface
+    tensors = triton_repository._tensors(spec)
+    assert '{ name: "masks" data_type: TYPE_FP32 dims: [ 3, 28, 28 ] }' in tensors
 
 
 def test_the_spec_in_the_config_is_the_graphs(tmp_path):
@@ -131,6 +131,25 @@ def test_a_tuned_config_is_kept_and_another_interface_refused(model, tmp_path, c
     assert run(model, repo, "--force") == 0  # nothing else relies on the old interface
     assert (repo / "detector" / "labels.txt").read_text().startswith("other\n")
     assert files(repo)["detector/1/model.onnx"] == model.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes, fits",
+    [
+        ({"precision": "fp16", "score_threshold": 0.3, "architecture": "FCOS"}, True),
+        ({"classes": ["square", "circle", "triangle"]}, False),
+        ({"input_format": "RGB"}, False),
+        ({"input_dtype": "uint8"}, False),
+        ({"min_size": 48}, False),
+        ({"width": 128}, False),
+    ],
+    ids=str,
+)
+def test_versions_share_what_clients_rely_on(model, tmp_path, changes, fits, capsys):
+    assert run(model, tmp_path / "repo") == 0
+    write_fake_graph(model, fake_spec(**changes))
+    assert run(model, tmp_path / "repo", "--version", 2) == (0 if fits else 2)
+    assert ("use another --name" in capsys.readouterr().err) != fits
 
 
 @pytest.mark.parametrize("there", ["nothing", "version 1"])
