@@ -1,7 +1,7 @@
 """Detector: images in, detections out, wherever the graph runs. numpy and Pillow only."""
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -91,6 +91,32 @@ class Detector:
                 rows = {name: output[i] for name, output in outputs.items()}
                 detections.append(self._detections(rows, array.shape[:2], image.shape[:2]))
         return detections
+
+    def detect_each(
+        self, images: Sequence[ImageSource]
+    ) -> List[Tuple[Optional[np.ndarray], Union[Detections, UserError]]]:
+        """As `detect` on all images at once, but a bad image leaves the others alone.
+
+        Returns:
+            Per image its pixels (H, W, 3) uint8 BGR, None if they cannot be read, and what was
+            found or what is wrong.
+        """
+        arrays, results = {}, {}
+        for i, source in enumerate(images):
+            try:
+                arrays[i] = load_image(source, self.max_pixels)
+            except UserError as error:
+                results[i] = error
+        try:
+            found = self.detect(list(arrays.values()), batch_size=max(len(arrays), 1))
+            results.update(zip(arrays, found, strict=True))
+        except UserError:  # does not say which one: ask for each alone
+            for i, array in arrays.items():
+                try:
+                    (results[i],) = self.detect([array])
+                except UserError as error:
+                    results[i] = error
+        return [(arrays.get(i), results[i]) for i in range(len(images))]
 
     def _detections(self, rows, size, input_size) -> Detections:
         count = int(rows["num_dets"][0])

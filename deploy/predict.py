@@ -8,7 +8,7 @@ import io
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Optional, Sequence, Set
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.journal import Journal
 from deploy.paste import encode_rle
-from deploy.preprocess import MAX_PIXELS, SUFFIXES, load_image
+from deploy.preprocess import MAX_PIXELS, find_images
 
 _EXAMPLES = """examples:
   python deploy/predict.py model_final_onnx/model.onnx photos/ --output found
@@ -46,24 +46,6 @@ SHRUNK = (
     "did not fit the graph's canvas and were shrunk further than in training, which costs accuracy;"
     " export with --dynamic image, or a --size that fits"
 )
-
-
-def find_images(paths: Sequence) -> List[Path]:
-    """Files as given; of a folder, the images directly in it, by name.
-
-    Raises:
-        UserError: a folder holds no image.
-    """
-    files = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
-        files += found
-    return files
 
 
 def predict(
@@ -102,8 +84,8 @@ def predict(
         batch = files[start : start + batch_size]
         entries = [_finished(journal, file, output) for file in batch]
         if None in entries:
-            results = _detect_each(detector, batch)
-            entries = [_result(detector, *r, output, taken, pictures) for r in results]
+            results = zip(batch, detector.detect_each(batch), strict=True)
+            entries = [_result(detector, f, *r, output, taken, pictures) for f, r in results]
             journal.add([(f, entry) for f, entry in zip(batch, entries) if "error" not in entry])
         for entry in entries:
             (failed if "error" in entry else images).append(entry)
@@ -138,27 +120,6 @@ def _result(detector, file, array, result, output, taken, pictures) -> Dict[str,
         _save_picture(target, array, result, detector.spec.classes)
         entry["picture"] = target.relative_to(output).as_posix()
     return entry
-
-
-def _detect_each(detector: Detector, files: Sequence[Path]) -> Iterator[Tuple]:
-    """(file, pixels, Detections or UserError) of each file; a bad one leaves the others alone."""
-    arrays, results = {}, {}
-    for i, file in enumerate(files):
-        try:
-            arrays[i] = load_image(file, detector.max_pixels)
-        except UserError as error:
-            results[i] = error
-    try:
-        found = detector.detect(list(arrays.values()), batch_size=max(len(arrays), 1))
-        results.update(zip(arrays, found, strict=True))
-    except UserError:  # does not say which one: ask for each alone
-        for i, array in arrays.items():
-            try:
-                (results[i],) = detector.detect([array])
-            except UserError as error:
-                results[i] = error
-    for i, file in enumerate(files):
-        yield file, arrays.get(i), results[i]
 
 
 def _entry(file: Path, found: Detections, classes: Sequence[str]) -> Dict:

@@ -4,8 +4,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from deploy.predict import find_images
-from deploy.preprocess import load_image, prepare
+from deploy.preprocess import find_images, load_image, prepare
 from deploy.spec import ModelSpec
 
 _SMALLEST = 32  # pixels, of the smallest image tried
