@@ -56,7 +56,7 @@ def _distiller_node(Node) -> CfgNode:
     # teacher. Half precision changes the features that are taught a little; how much each FGD
     # term changes, and what is saved, `python -m fgd.bench step` measures.
     distiller.TEACHER.PRECISION = "float32"
-    # Compute in channels-last memory order: the same features up to rounding, faster on some GPUs.
+    # Compute in channels-last memory order: the same features up to rounding, often faster.
     distiller.TEACHER.CHANNELS_LAST = False
 
     distiller.FGD = Node()
