@@ -1,5 +1,6 @@
 """Tiny detectors with well-conditioned weights: what an export can be tried on without training."""
 
+from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
 import numpy as np
@@ -8,8 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from PIL import Image
 from torch import Tensor, nn
 
+from deploy.files import write_json
 from deploy.verify_images import draw_scene
 from fgd.config import get_fgd_cfg
 
@@ -138,6 +141,34 @@ def scenes(count: int = 4, shape: Tuple[int, int] = CANVAS, seed: int = 1) -> Te
     rng = np.random.default_rng(seed)
     images = np.stack([draw_scene(rng, shape) for _ in range(count)])
     return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+def write_scenes(folder: Path, model: nn.Module, count: int = 12) -> Path:
+    """A COCO dataset of drawn images on which `model` is right: every second detection is true.
+
+    Writes `folder`/annotations.json, `folder`/images/ and, for calibrating, other images in
+    `folder`/others/. Returns the path of the JSON.
+    """
+    pixels = scenes(2 * count, seed=2).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    images, annotations = [], []
+    for i, scene in enumerate(pixels):
+        path = folder / ("images" if i < count else "others") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene[:, :, ::-1]).save(path)
+        if i >= count:
+            continue
+        images.append({"id": i, "file_name": path.name, "height": CANVAS[0], "width": CANVAS[1]})
+        with torch.no_grad():
+            image = torch.from_numpy(scene.transpose(2, 0, 1).copy())
+            found = model.eval()([{"image": image}])[0]["instances"][::2]
+        for box, label in zip(found.pred_boxes.tensor.tolist(), found.pred_classes.tolist()):
+            entry = {"id": len(annotations), "image_id": i, "category_id": label}
+            x1, y1, x2, y2 = box
+            annotations.append({**entry, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(folder / "annotations.json", content)
+    return folder / "annotations.json"
 
 
 def conditioned(cfg: CfgNode) -> nn.Module:
