@@ -74,7 +74,7 @@ def compare_initializers(model: onnx.ModelProto, reference: onnx.ModelProto) -> 
         elif _within_rounding(name, a, b):
             result.rounded += 1
         else:
-            where = ", ".join(readers.get(name, ["nothing"])[:3])
+            where = ", ".join(readers.get(name, ["nothing"])[:3]) + _folded(name, found)
             result.differences.append(_describe(name, where, a, b))
     result.missing = [name for name in expected if name not in found]
     result.extra = [name for name in found if name not in expected]
@@ -97,7 +97,7 @@ def structure_difference(model: onnx.ModelProto, reference: onnx.ModelProto) -> 
         for name in sorted(a.keys() | b.keys()):
             if a.get(name) != b.get(name):
                 values = [
-                    onnx.helper.get_attribute_value(x[name]) if name in x else "not given"
+                    onnx.helper.get_attribute_value(x[name]) if name in x else "absent"
                     for x in (a, b)
                 ]
                 return f"node {i}, {_title(node)}: {name} is {values[0]}, not {values[1]}"
@@ -115,11 +115,19 @@ def _readers(model: onnx.ModelProto) -> Dict[str, List[str]]:
     readers: Dict[str, List[str]] = {}
     opset = {entry.domain: entry.version for entry in model.opset_import}
     for node in model.graph.node:
-        schema = onnx.defs.get_schema(node.op_type, opset[node.domain], node.domain)
+        known = onnx.defs.has(node.op_type, node.domain) and node.domain in opset
+        schema = known and onnx.defs.get_schema(node.op_type, opset[node.domain], node.domain)
         for i, name in enumerate(node.input):
-            role = schema.inputs[min(i, len(schema.inputs) - 1)].name
+            role = schema.inputs[min(i, len(schema.inputs) - 1)].name if known else f"input {i}"
             readers.setdefault(name, []).append(f"{_title(node)} as {role}")
     return readers
+
+
+def _folded(name: str, names) -> str:
+    """What the exporter made of the student's own tensors, for a message."""
+    if name.endswith(FOLDED_BIAS) and name.removesuffix(FOLDED_BIAS) in names:
+        return f" (from the batch norm behind {name.removesuffix(FOLDED_BIAS)})"
+    return " (its batch norm folded in)" if name + FOLDED_BIAS in names else ""
 
 
 def _title(node: onnx.NodeProto) -> str:
