@@ -11,6 +11,7 @@ from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
 from deploy.ops import TRANSLATIONS
 from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
+from deploy.static_ops import STATIC_TRANSLATIONS
 
 OPSET = 18
 RAW = "raw."  # prefix of the values inside the graph that `expose_raw` can make outputs
@@ -25,6 +26,7 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     Raises:
         ParityError: the backbone or a head uses an operator that has no ONNX translation.
     """
+    detector.static = spec.target == "tensorrt"
     example = _example(detector, spec)
     with torch.no_grad():
         raw = detector.network(*example)
@@ -41,7 +43,7 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
                 input_names=INPUT_NAMES,
                 output_names=[*spec.output_names, *raw_names],
                 dynamic_shapes=_dynamic_shapes(spec),
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=STATIC_TRANSLATIONS if detector.static else TRANSLATIONS,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

@@ -24,6 +24,8 @@ from deploy.precision import FILES as REDUCED_FILES
 from deploy.precision import PRECISIONS, Reduction, add_precision, require_all_passed
 from deploy.quantize import RECIPES
 from deploy.spec import ModelSpec
+from deploy.trt_build import build_text, describe_build
+from deploy.trt_lint import notes
 from deploy.verification import verify
 from deploy.verify_images import read_images
 from deploy.verify_report import VerifyReport
@@ -32,6 +34,7 @@ _EXAMPLES = """examples:
   python deploy/export.py output/model_final.pth
   python deploy/export.py model_final.pth --size 480 640 --dynamic none --images photos/
   python deploy/export.py model_final.pth --precision int8 --calibration photos/ --dataset test.json
+  python deploy/export.py model_final.pth --target tensorrt --size 800 1344
 
 Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its contract), report.json.
 Exit codes: 0 verified; 2 something about the command, config or checkpoint; 4 the graph could not
@@ -50,6 +53,7 @@ def export(
     dynamic: str = "batch",
     score_threshold: Optional[float] = None,
     input_dtype: str = "float32",
+    target: str = "onnx",
     images=None,
     force: bool = False,
     reduction: Optional[Reduction] = None,
@@ -62,6 +66,7 @@ def export(
         size: (height, width) of the canvas; default from the config's test size.
         dynamic: "none", "batch" or "image" (see `ModelSpec`).
         score_threshold: replaces the config's.  input_dtype: "float32" or "uint8".
+        target: "onnx", or "tensorrt": operators and sizes that TensorRT takes (see `trt_lint`).
         images: folder of images to verify on, beside the built-in ones.
         force: replace an earlier export.
         reduction: what to make beside the float32 graph; default nothing.
@@ -78,7 +83,7 @@ def export(
     _refuse_existing(output, force)
     student = load_student(checkpoint, config_file, score_threshold)
     detector = exportable(student.model)
-    spec = make_spec(student, detector, size, dynamic, input_dtype)
+    spec = make_spec(student, detector, size, dynamic, input_dtype, target)
     pixels = read_images(images, spec) if images else None
     reduction = reduction or Reduction()
     inputs = reduction.open(student.classes)
@@ -98,9 +103,12 @@ def export(
         kept = output / "model.failed.onnx"
         raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
     print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
+    _add_build(details, spec, output / "model.onnx")
     reduced = details["precisions"] = {}
     for precision in reduction.precisions:
         reduced[precision] = add_precision(precision, output, student, spec, inputs, pixels)
+        if reduced[precision]["verification"]["passed"]:
+            _add_build(details, spec, output / f"model.{precision}.onnx")
         write_json(output / "report.json", details)
     require_all_passed(reduced)
     return report
@@ -112,14 +120,20 @@ def make_spec(
     size: Optional[Tuple[int, int]] = None,
     dynamic: str = "batch",
     input_dtype: str = "float32",
+    target: str = "onnx",
 ) -> ModelSpec:
     """The contract of the file to be.
 
     Raises:
         UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
-            from the config, or was given although sizes are dynamic.
+            from the config, or was given although sizes are dynamic; or those are for TensorRT.
     """
     inputs, step = student.cfg.INPUT, detector.size_divisibility
+    if dynamic == "image" and target == "tensorrt":
+        raise UserError(
+            "--target tensorrt needs a fixed canvas, or the number of candidates would vary; give "
+            "--dynamic batch or none, and --size H W"
+        )
     if dynamic == "image":
         if size:
             raise UserError("--size fixes the canvas, --dynamic image leaves it open: choose one")
@@ -151,6 +165,7 @@ def make_spec(
         mean=list(student.cfg.MODEL.PIXEL_MEAN),
         std=list(student.cfg.MODEL.PIXEL_STD),
         opset=OPSET,
+        target=target,
         task="instance_segmentation" if detector.mask_size else "detection",
         mask_size=detector.mask_size,
         hashes={"checkpoint_sha256": student.checkpoint_sha256},
@@ -211,6 +226,15 @@ def _verify_and_publish(output: Path, student, spec, model, pixels, details) -> 
     return report
 
 
+def _add_build(details: Dict, spec: ModelSpec, path: Path) -> None:
+    """Where TensorRT is the target: how to build an engine from the file, to report.json too."""
+    if spec.target == "tensorrt":
+        built = describe_build(spec, str(path), notes(onnx.load(path)))
+        details.setdefault("tensorrt", {})[path.name] = built
+        write_json(path.with_name("report.json"), details)
+        print(build_text(built))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export.py",
@@ -240,6 +264,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--score-threshold", type=float, metavar="T", help="default: the config's")
     parser.add_argument("--input-dtype", choices=("float32", "uint8"), default="float32")
+    parser.add_argument(
+        "--target",
+        choices=("onnx", "tensorrt"),
+        default="onnx",
+        help="tensorrt: static NMS, constant sizes, lint, and the commands that build an engine",
+    )
     parser.add_argument("--images", metavar="DIR", help="verify on these images too")
     _add_precision_options(parser)
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
@@ -259,8 +289,8 @@ def _add_precision_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        default="onnx",
-        help="int8 for ONNX Runtime on CPUs (u8 activations, default) or TensorRT (s8, symmetric)",
+        help="int8 for ONNX Runtime on CPUs (u8 activations) or TensorRT (s8, symmetric); "
+        "default: that of --target",
     )
     group.add_argument(
         "--calibration", metavar="DIR", help="images for the ranges of int8; not those of --dataset"
@@ -279,6 +309,8 @@ def _add_precision_options(parser: argparse.ArgumentParser) -> None:
 def run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
     warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
+    if (args.recipe, args.target) == ("onnx", "tensorrt"):
+        raise UserError("--recipe onnx makes uint8, which TensorRT refuses: leave it out")
     export(
         args.checkpoint,
         args.output,
@@ -287,11 +319,12 @@ def run(argv: Optional[Sequence[str]]) -> int:
         dynamic=args.dynamic,
         score_threshold=args.score_threshold,
         input_dtype=args.input_dtype,
+        target=args.target,
         images=args.images,
         force=args.force,
         reduction=Reduction(
             args.precision,
-            args.recipe,
+            args.recipe or args.target,
             args.calibration,
             args.dataset,
             args.images_root,

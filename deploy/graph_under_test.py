@@ -10,6 +10,7 @@ from deploy.convert import RAW, THRESHOLD, expose_raw
 from deploy.matching import Found
 from deploy.runtime import open_session
 from deploy.spec import INPUT_NAMES, MASKS, OUTPUT_NAMES, ModelSpec
+from deploy.trt_lint import lint
 from deploy.verify_images import Batch
 
 
@@ -104,6 +105,12 @@ def _broken_rows(outputs, image: int, size: np.ndarray, spec: ModelSpec) -> List
         "an empty box": (found.boxes[:, :2] < found.boxes[:, 2:]).all(),
     }
     return [text for text, holds in checks.items() if not holds]
+
+
+def broken_target(graph: GraphUnderTest, spec: ModelSpec) -> List[str]:
+    """What TensorRT would refuse of a graph that is meant for it."""
+    found = lint(graph.model) if spec.target == "tensorrt" else []
+    return [f"for TensorRT, {finding}" for finding in found]
 
 
 def broken_by_nan(graph: GraphUnderTest, batch: Batch) -> List[str]:

@@ -11,7 +11,7 @@ import torchvision
 from onnxscript import opset18 as op
 
 INVALID = -1.0e30  # score of a row that is not there; finite, so that no operator meets inf or NaN
-_IS_VALID = 0.5 * INVALID
+IS_VALID = 0.5 * INVALID
 
 
 @torch.library.custom_op("fgd::select_nms", mutates_args=())
@@ -36,11 +36,11 @@ def select_nms(
     for image in range(len(boxes)):
         keep = scores.new_full(scores.shape[1:], INVALID)
         for group in range(num_groups):
-            rows = ((groups[image] == group) & (scores[image] > _IS_VALID)).nonzero()[:, 0]
+            rows = ((groups[image] == group) & (scores[image] > IS_VALID)).nonzero()[:, 0]
             rows = rows[torchvision.ops.nms(boxes[image, rows], scores[image, rows], iou)]
             keep[rows] = scores[image, rows]
         order = keep.argsort(descending=True, stable=True)[:k]
-        order = order[keep[order] > _IS_VALID]
+        order = order[keep[order] > IS_VALID]
         index[image, : len(order)] = order
     return index
 
@@ -88,7 +88,7 @@ def _(features, rois, level, scales, size, ratio, aligned):
     return features[0].new_empty((rows, features[0].shape[1], size, size))
 
 
-def _ints(*values: int):
+def ints(*values: int):
     return op.Constant(value_ints=list(values))
 
 
@@ -99,34 +99,34 @@ def _select_nms_onnx(boxes, scores, groups, iou, num_groups, k):
     offsets added to the boxes, whose rounding would move IoU decisions).
     """
     group_ids = op.Constant(value_ints=list(range(num_groups)))
-    in_group = op.Equal(op.Unsqueeze(groups, _ints(1)), op.Unsqueeze(group_ids, _ints(0, 2)))
+    in_group = op.Equal(op.Unsqueeze(groups, ints(1)), op.Unsqueeze(group_ids, ints(0, 2)))
     invalid = op.Constant(value_float=INVALID)
     selected = op.NonMaxSuppression(
         boxes,
-        op.Where(in_group, op.Unsqueeze(scores, _ints(1)), invalid),  # (B, num_groups, N)
-        _ints(k),
+        op.Where(in_group, op.Unsqueeze(scores, ints(1)), invalid),  # (B, num_groups, N)
+        ints(k),
         op.Constant(value_floats=[iou]),
-        op.Constant(value_floats=[_IS_VALID]),
+        op.Constant(value_floats=[IS_VALID]),
     )
-    rows = op.Gather(selected, _ints(0, 2), axis=1)  # (image, row) of (image, group, row)
+    rows = op.Gather(selected, ints(0, 2), axis=1)  # (image, row) of (image, group, row)
     nothing = op.Expand(invalid, op.Shape(scores))
     keep = op.ScatterND(nothing, rows, op.GatherND(scores, rows))
     # k more empty columns: TopK may ask for more rows than there are
-    padded = op.Pad(keep, _ints(0, 0, 0, k), invalid)
-    best, order = op.TopK(padded, _ints(k), axis=1)
-    return op.Where(op.Greater(best, op.Constant(value_float=_IS_VALID)), order, _ints(-1))
+    padded = op.Pad(keep, ints(0, 0, 0, k), invalid)
+    best, order = op.TopK(padded, ints(k), axis=1)
+    return op.Where(op.Greater(best, op.Constant(value_float=IS_VALID)), order, ints(-1))
 
 
 def _pyramid_roi_align_onnx(features, rois, level, scales, size, ratio, aligned):
     """Per level: rows of that level -> RoiAlign; then one Gather puts them back in order."""
-    flat = op.Reshape(rois, _ints(-1, 4))
-    flat_level = op.Reshape(level, _ints(-1))
+    flat = op.Reshape(rois, ints(-1, 4))
+    flat_level = op.Reshape(level, ints(-1))
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     batch = op.Range(zero, op.Squeeze(op.Shape(level, start=0, end=1)), one)
-    image = op.Reshape(op.Expand(op.Unsqueeze(batch, _ints(1)), op.Shape(level)), _ints(-1))
+    image = op.Reshape(op.Expand(op.Unsqueeze(batch, ints(1)), op.Shape(level)), ints(-1))
     order, pooled = [], []
     for i, (feature, scale) in enumerate(zip(features, scales)):
-        rows = op.Squeeze(op.NonZero(op.Equal(flat_level, op.Constant(value_int=i))), _ints(0))
+        rows = op.Squeeze(op.NonZero(op.Equal(flat_level, op.Constant(value_int=i))), ints(0))
         order.append(rows)
         pooled.append(
             op.RoiAlign(

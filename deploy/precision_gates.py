@@ -8,7 +8,7 @@ import onnx
 
 from deploy.coco_data import CocoData
 from deploy.evaluate import evaluate_graph
-from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises
+from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, broken_target
 from deploy.layers import check_precision
 from deploy.matching import Decisions, Found, match_detections
 from deploy.runtime import OrtDetector
@@ -115,6 +115,7 @@ def verify_reduced(
     ]
     if half and spec.input_dtype == "float32":  # QuantizeLinear has no NaN
         broken += broken_by_nan(graph, batches[0])
+    broken += broken_target(graph, spec)
     gates = []
     if half:
         name = f"within {BOX_PIXELS} px and {SCORE} of score"

@@ -17,6 +17,7 @@ _CHOICES = {
     "input_dtype": ("float32", "uint8"),
     "dynamic": ("none", "batch", "image"),
     "precision": ("fp32", "fp16", "int8"),
+    "target": ("onnx", "tensorrt"),
 }
 
 
@@ -60,6 +61,7 @@ class ModelSpec:
     task: str = "detection"
     mask_size: int = 0  # M of the masks; 0 without
     precision: str = "fp32"  # "fp32" | "fp16" | "int8": what the network's weights are stored in
+    target: str = "onnx"  # | "tensorrt": operators and sizes that TensorRT takes, see trt_lint.py
     hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256
     versions: Dict[str, str] = field(default_factory=dict)
     format: str = FORMAT

@@ -5,9 +5,16 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 import onnx
 
-from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, detections
+from deploy.graph_under_test import (
+    GraphUnderTest,
+    broken_by_nan,
+    broken_promises,
+    broken_target,
+    detections,
+)
 from deploy.graphs import exportable_class
 from deploy.matching import Decisions
+from deploy.nms_rounds import Rounds
 from deploy.oracle import RawJudge, detectron2_detections, score_threshold
 from deploy.spec import ModelSpec
 from deploy.verify_images import Batch, verification_batches
@@ -38,14 +45,18 @@ def verify(
     compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
     if tally.matched < ENOUGH and not tally.unmatched:
         compare(tally, model, graph, batches, spec, 0.0)
-    raw_errors, warnings = _raw_errors(model, graph, batches)
+    rounds = Rounds()
+    raw_errors, warnings = _raw_errors(model, graph, batches, rounds)
     gates = gates_of(tally, raw_errors)
     broken = _broken(graph, batches, spec)
     verdict, explanation = decide(tally, gates, broken)
     count = sum(len(batch.images) for batch in batches)
-    return VerifyReport(
+    report = VerifyReport(
         verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
     )
+    if spec.target == "tensorrt":
+        report.nms_rounds = rounds.needed
+    return report
 
 
 def compare(
@@ -76,10 +87,10 @@ def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) ->
         broken += broken_promises(graph.run(batch)[0], batch, spec)
     if spec.input_dtype == "float32":
         broken += broken_by_nan(graph, max(batches, key=lambda batch: len(batch.images)))
-    return broken
+    return broken + broken_target(graph, spec)
 
 
-def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
+def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch], rounds: Rounds):
     """Largest raw errors by name, and warnings. In float64 the first and the last batch do."""
     judge = RawJudge(model)
     worst: Dict[str, Dict[str, float]] = {}
@@ -89,9 +100,10 @@ def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch]):
         cut = judge.cut_images(raw, outputs["num_dets"])
         if cut:
             warnings.append(f"batch {i}: more candidates than the graph keeps in {cut} images")
+        rounds.add(raw, outputs["num_dets"], judge.single.max_detections)
         if i not in (0, len(batches) - 1):
             continue
         for name, errors in judge.errors(batch, {**raw, **outputs}).items():
             known = worst.setdefault(name, errors)
             worst[name] = {key: max(known[key], value) for key, value in errors.items()}
-    return worst, warnings
+    return worst, warnings + rounds.warnings()

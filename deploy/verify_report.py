@@ -6,6 +6,7 @@ from typing import Dict, List, Optional, Tuple
 import numpy as np
 
 from deploy.matching import MARGIN, Decisions, Found, excuse, match_detections
+from deploy.nms_rounds import ROUNDS
 
 MATCHED, BOX_PIXELS, SCORE, MASK = 0.995, 0.01, 1e-4, 1e-3  # gates for float32
 RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's
@@ -86,6 +87,7 @@ class VerifyReport:
     raw_errors: Dict[str, Dict[str, float]]  # name -> largest error of "graph" and "torch", "scale"
     broken: List[str]  # promises of the graph contract
     warnings: List[str]
+    nms_rounds: Optional[int] = None  # of static NMS that the images needed; None without
 
     @property
     def passed(self) -> bool:
@@ -107,6 +109,8 @@ class VerifyReport:
         for gate in self.gates:
             outcome = "ok" if gate.kept else "FAIL"
             lines.append(f"  {gate.name:36} {gate.value:<10.3g} {gate.bound:10} {outcome}")
+        if self.nms_rounds is not None:
+            lines.append(f"  rounds of static NMS that were needed {self.nms_rounds} of {ROUNDS}")
         lines += [*self.broken[:5], *self.warnings, f"{self.verdict}: {self.explanation}"]
         return "\n".join(lines)
 

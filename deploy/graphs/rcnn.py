@@ -97,7 +97,7 @@ class ExportableRCNN(ExportableDetector):
             **{f"rpn_deltas.{level}": x for level, x in zip(levels, deltas)},
         }
         pyramid = [features[level] for level in self.heads.box_in_features]
-        rois = None if given else propose(self.rpn, objectness, deltas, image_sizes)
+        rois = None if given else propose(self.rpn, objectness, deltas, image_sizes, self.static)
         for i, suffix in enumerate(self.suffixes):
             if given:
                 rois = given[f"rois{suffix}"]

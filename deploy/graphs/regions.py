@@ -6,15 +6,23 @@ import torch
 from torch import Tensor
 
 from deploy.graphs.common import anchors_at, clip, decode, dense, nonempty, take
-from deploy.ops import INVALID, pyramid_roi_align, select_nms
+from deploy.ops import INVALID, IS_VALID, pyramid_roi_align, select_nms
 
 
-def propose(rpn, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Tensor) -> Tensor:
+def propose(
+    rpn,
+    objectness: List[Tensor],
+    deltas: List[Tensor],
+    image_sizes: Tensor,
+    level_by_level: bool = False,
+) -> Tensor:
     """Detectron2's `RPN.predict_proposals` with a fixed number of rows.
 
     Args:
         rpn: Detectron2's `RPN`.
         objectness: per level (B, A, H, W).  deltas: per level (B, A * 4, H, W).
+        level_by_level: one NMS per level instead of one with levels as groups. The same result;
+            for `deploy.static_ops`, whose cost grows with the square of the boxes in one NMS.
     Returns:
         (B, R, 4) proposals in descending order of objectness, then rows of zeros.
     """
@@ -24,8 +32,30 @@ def propose(rpn, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Te
     boxes = clip(boxes, image_sizes)
     valid = valid & nonempty(boxes, rpn.min_box_size)
     scores = torch.where(valid, scores, INVALID)
-    index = select_nms(boxes, scores, level, rpn.nms_thresh, len(parts), rpn.post_nms_topk[False])
+    most = rpn.post_nms_topk[False]
+    if level_by_level:
+        sizes = [part[0].shape[1] for part in parts]
+        return _nms_per_level(boxes.split(sizes, 1), scores.split(sizes, 1), rpn.nms_thresh, most)
+    index = select_nms(boxes, scores, level, rpn.nms_thresh, len(parts), most)
     return torch.where((index >= 0)[..., None], take(boxes, index.clamp(min=0)), 0.0)
+
+
+def _nms_per_level(boxes, scores, iou: float, most: int) -> Tensor:
+    """The `most` best boxes (B, most, 4) that NMS in each level keeps, then zeros.
+
+    Args:
+        boxes: per level (B, k, 4).  scores: per level (B, k).
+    """
+    kept = []
+    for candidates, values in zip(boxes, scores):
+        group = torch.zeros_like(values, dtype=torch.int64)
+        index = select_nms(candidates, values, group, iou, 1, min(most, values.shape[1]))
+        row = index.clamp(min=0)
+        values = torch.where(index >= 0, values.gather(1, row), INVALID)
+        kept.append((take(candidates, row), values))
+    candidates, values = (torch.cat(tensors, dim=1) for tensors in zip(*kept))
+    best, index = values.topk(min(most, values.shape[1]), dim=1)
+    return torch.where((best > IS_VALID)[..., None], take(candidates, index), 0.0)
 
 
 def _best_anchors(rpn, i: int, objectness: Tensor, deltas: Tensor):
