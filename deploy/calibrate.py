@@ -20,8 +20,10 @@ def calibration_files(folder, left_out: Iterable = ()) -> List[Path]:
     Raises:
         UserError: no such folder, or no image remains.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"--calibration {folder}: no such folder")
     test = {Path(file).resolve() for file in left_out}
-    files = [path for path in map(Path, find_images([folder])) if path.resolve() not in test]
+    files = [path for path in find_images([folder]) if path.resolve() not in test]
     if not files:
         raise UserError(f"--calibration {folder}: all its images are in --dataset; give others")
     chosen = np.linspace(0, len(files) - 1, min(len(files), MOST)).round().astype(int)
