@@ -1,4 +1,4 @@
-"""The README's commands: each option exists, each file that it names is there."""
+"""Commands of the README and of docs/: each option exists, each file that they name is there."""
 
 import re
 import shlex
@@ -6,24 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from deploy import benchmark, evaluate, export, predict
+from deploy import benchmark, evaluate, export, predict, triton_repository
 from fgd import cli, study
+from fgd.bench import __main__ as bench
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 PARSERS = {
     "train_net.py": cli.build_parser,
     "python -m fgd.study": study.build_parser,
+    "python -m fgd.bench": bench.build_parser,
     "python deploy/export.py": export.build_parser,
     "python deploy/predict.py": predict.build_parser,
     "python deploy/evaluate.py": evaluate.build_parser,
     "python deploy/benchmark.py": benchmark.build_parser,
+    "python deploy/triton.py": triton_repository.build_parser,
 }
 
 
 def commands():
-    """Every command line of the README's bash blocks, continuation lines joined."""
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+    """Every command line of the pages' bash blocks, continuation lines joined."""
+    for block in re.findall(r"```bash\n(.*?)```", "\n".join(PAGES.values()), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if line.strip():
                 yield " ".join(shlex.split(line, comments=True))
@@ -53,7 +56,8 @@ def test_every_tool_is_shown():
 
 
 def test_the_files_it_lists_exist_and_none_is_left_out():
-    listed = set(re.findall(r"^\| `([\w./{}-]+\.(?:py|yaml))` \|", README, re.MULTILINE))
+    text = "\n".join(PAGES.values())
+    listed = set(re.findall(r"^\| `([\w./{}-]+\.(?:py|yaml))` \|", text, re.MULTILINE))
     assert listed, "no layout table"
     missing = [name for name in listed if not (ROOT / name).is_file()]
     assert not missing
@@ -63,6 +67,7 @@ def test_the_files_it_lists_exist_and_none_is_left_out():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                assert (page.parent / target).exists(), (page, target)
