@@ -1,9 +1,13 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fgd import tiles
+from fgd.bench.per_box import PerBoxFGD
 from fgd.features import Level
 from fgd.fused import fused_terms
 from fgd.losses import TERMS, Weights
+from fgd.masks import cell_weights
 from fgd.methods import FGD, METHOD_REGISTRY, terms_function
 
 LEVELS = [Level("p3", 4, 4), Level("p4", 2, 4)]
@@ -55,6 +59,51 @@ def test_implementations_agree():
     )
     for name, value in fused.items():
         torch.testing.assert_close(value, composed[name], rtol=1e-5, atol=0)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operators that run under it, the backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.name().split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+# A GPU is waited for by reading a value, by a shape that depends on values, and by an index or a
+# tensor that is made from a Python list on the device.
+WAITING = {"_local_scalar_dense", "nonzero", "index.Tensor", "masked_select", "equal", "_unique2"}
+
+
+def test_the_host_never_waits_for_a_value(monkeypatch):
+    monkeypatch.setattr(tiles, "_CPU_TILE", 40)  # many tiles
+    student, teacher = pyramids()
+    for name in ("p3", "p4"):
+        student[name].requires_grad_()
+
+    def seen(method):
+        with Recorder() as recorder:
+            losses = method(student, teacher, BOXES, SIZES, (32, 64))
+            sum(losses.values()).backward()
+        return recorder.seen
+
+    ours = seen(make())
+    assert "mv" in ours and not ours & WAITING
+    assert seen(PerBoxFGD(LEVELS, Weights(1.0, 1.0, 1.0, 1.0), 0.5)) & WAITING
+
+
+def test_float64_maps_have_float64_masks():
+    student, teacher = ({k: v.double() for k, v in x.items()} for x in pyramids())
+    method = make().double()
+    losses = method(student, teacher, BOXES, SIZES, (32, 64))
+    exact = 0.0
+    for name, level in method.levels.items():
+        masks = cell_weights(BOXES, student[name].shape[-2:], [(32, 64)] * 2, torch.float64)
+        exact += level(student[name], teacher[name], *masks)["foreground"].item()
+    assert losses["loss_fgd_foreground"].item() == pytest.approx(exact, rel=1e-13)
 
 
 def test_unequal_grids_name_the_level():

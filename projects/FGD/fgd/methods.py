@@ -21,6 +21,7 @@ from .features import Level
 from .fused import fused_terms
 from .losses import FGDLevelLoss, Weights, composed_terms
 from .masks import cell_weights
+from .sweep import small_dtype
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 
@@ -112,7 +113,8 @@ class FGD(nn.Module):
         sizes = [padded_size] * len(boxes) if self.mask_reference == "padded" else image_sizes
         losses: Dict[str, Tensor] = {}
         for name, level_loss in self.levels.items():
-            masks = cell_weights(boxes, student[name].shape[-2:], sizes)
+            dtype = small_dtype(student[name], teacher[name])
+            masks = cell_weights(boxes, student[name].shape[-2:], sizes, dtype)
             try:
                 terms = level_loss(student[name], teacher[name], *masks)
             except ValueError as error:

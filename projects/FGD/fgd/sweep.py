@@ -132,12 +132,14 @@ def _merge(found: List[_Run]) -> Sweep:
     """The sums over all cells from those of the runs of cells of the same images."""
     cells = torch.cat([run.cells for run in found], dim=2)
     totals, squared, peaks, masses, weighted = (torch.stack(x) for x in list(zip(*found))[1:])
-    lengths = totals.new_tensor([run.cells.shape[2] for run in found])[:, None, None]
+    # No tensor is made of a list of numbers here: a GPU would be waited for.
+    lengths = totals.new_full((len(found), 1, 1), found[0].cells.shape[2])
+    lengths[-1] = found[-1].cells.shape[2]
     errors = totals[:, 2]
-    spread = (errors / lengths - errors.sum(dim=0) / lengths.sum()).square() * lengths
+    spread = (errors / lengths - errors.sum(dim=0) / cells.shape[2]).square() * lengths
     rescale = (peaks - peaks.amax(dim=0)).exp()  # (runs, 3, B)
-    masses = (masses * rescale).sum(dim=0)
-    rescale = (rescale / masses)[:, [0, 1, 2, 2], :, None]
+    rescale = rescale / (masses * rescale).sum(dim=0)
+    rescale = torch.cat([rescale, rescale[:, 2:]], dim=1)[..., None]
     weighted = (weighted * rescale).sum(dim=0)
     return Sweep(
         *cells[:2],
