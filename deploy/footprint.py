@@ -1,70 +1,64 @@
-"""Load time and peak memory of a detector, in a process of its own."""
+"""Load time and peak memory of a contender, in a process of its own."""
 
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from typing import Dict, Optional, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Dict, Sequence
 
 import numpy as np
 
-from deploy.preprocess import prepare
-from deploy.runtime import OrtDetector
-from deploy.spec import ModelSpec
+from deploy.bench_rows import GRAPH, LEGACY, Contender
 from deploy.timing import peak_memory
 
 
 def measure_alone(
-    model,
-    checkpoint,
-    spec: ModelSpec,
-    provider: str,
-    threads: int,
-    images: Sequence[np.ndarray],
-) -> Dict[str, Optional[float]]:
-    """Load a detector in a new process and run it once on all images as one batch.
+    contender: Contender, provider: str, threads: int, images: Sequence[np.ndarray]
+) -> Dict[str, Any]:
+    """Load a contender in a new process and run it once on all images as one batch.
 
     Args:
-        checkpoint: this student in PyTorch; None measures the graph `model`.
+        images: (H, W, 3) uint8 BGR; no more of them are used than it takes in one call.
     Returns:
-        "load_seconds" without importing libraries; "peak_mib" of the whole process and
-        "libraries_mib", its peak before anything was loaded (both None outside Linux).
+        "load_seconds" without importing libraries; "first_seconds", the first call, in which
+        torch.compile compiles; "peak_mib" of the whole process and "libraries_mib", its peak before
+        anything was loaded (both None outside Linux). Or only "error", the reason why it cannot be
+        loaded or run.
     """
-    arguments = (str(model), checkpoint, spec, provider, threads, list(images))
     # spawned, not forked: a fork would start with our memory and with PyTorch's locks
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_load_and_run, *arguments).result()
+        try:
+            return pool.submit(_measure, contender, provider, threads, list(images)).result()
+        except BrokenProcessPool:
+            return {"error": "its process was killed, most likely for want of memory"}
 
 
-def _load_and_run(model, checkpoint, spec, provider, threads, images):
-    if checkpoint:
-        import deploy.eager  # noqa: F401  what it takes to import is not part of loading
+def _measure(contender, provider, threads, images) -> Dict[str, Any]:
+    try:
+        return _load_and_run(contender, provider, threads, images)
+    except Exception as error:  # of any library, and not each can be sent to another process
+        return {"error": reason(error)}
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong, or the exception's name if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _load_and_run(contender, provider, threads, images) -> Dict[str, Any]:
+    if contender.kind not in (GRAPH, LEGACY):
+        import deploy.baselines  # noqa: F401  what it takes to import is not part of loading
     libraries, start = peak_memory(), time.perf_counter()
-    if checkpoint:
-        eager = load_eager(checkpoint, spec, provider, threads)
-        seconds = time.perf_counter() - start
-        eager.run(eager.as_inputs([prepare(image, spec) for image in images]))
-    else:
-        detector = OrtDetector(model, [provider], threads)
-        seconds = time.perf_counter() - start
-        detector.detect(images, len(images))
-    peak = peak_memory()
+    runner = contender.load(provider, threads)
+    loaded = time.perf_counter()
+    call = runner.call(images[: runner.max_batch])
+    called = time.perf_counter()
+    call()
+    finished, peak = time.perf_counter(), peak_memory()
     return {
-        "load_seconds": seconds,
+        "load_seconds": loaded - start,
+        "first_seconds": finished - called,
         "peak_mib": peak and peak / 2**20,
         "libraries_mib": libraries and libraries / 2**20,
     }
-
-
-def load_eager(checkpoint, spec: ModelSpec, provider: str, threads: int):
-    """The student in PyTorch (deploy.eager.EagerDetector), on the provider's device.
-
-    Raises:
-        UserError: no checkpoint of ours, or no CUDA device for a CUDA provider.
-    """
-    import torch
-
-    from deploy.eager import EagerDetector
-
-    torch.set_num_threads(threads)
-    device = "cpu" if provider.lower().startswith("cpu") else "cuda"
-    return EagerDetector(checkpoint, spec.score_threshold, device)
