@@ -24,7 +24,7 @@ class Rounds:
 
     needed: int = 0  # rounds until nothing changed; exact up to `ROUNDS` - 1
     unsettled: int = 0  # images in which the last round still changed something
-    cut: int = 0  # images with more than `ROWS` candidates whose list of detections is not full
+    cut: int = 0  # images with `ROWS` or more candidates whose list of detections is not full
 
     def add(self, raw: Dict[str, np.ndarray], num_dets: np.ndarray, most: int) -> None:
         """Count one batch.
@@ -34,12 +34,13 @@ class Rounds:
         """
         unsettled = cut = np.zeros(len(num_dets), bool)
         for rounds in _by_nms(raw):
-            changed = np.stack([(a != b).any(axis=(1, 2)) for a, b in zip(rounds, rounds[1:])])
+            # an image may have several, one per level
+            values = [x.reshape(len(num_dets), -1, x.shape[1]) for x in rounds]
+            changed = np.stack([(a != b).any(axis=(1, 2)) for a, b in zip(values, values[1:])])
             self.needed = max([self.needed, *(np.flatnonzero(changed.any(axis=1)) + 1).tolist()])
             unsettled = unsettled | changed[-1]
-            valid = rounds[0][..., 0]
-            if valid.shape[1] == ROWS:
-                cut = cut | (valid.all(axis=1) & (num_dets[:, 0] < most))
+            if values[0].shape[2] == ROWS:
+                cut = cut | (values[0].all(axis=(1, 2)) & (num_dets[:, 0] < most))
         self.unsettled += int(unsettled.sum())
         self.cut += int(cut.sum())
 
@@ -52,12 +53,12 @@ class Rounds:
                 "images; chains of overlapping boxes longer than that are decided wrongly"
             )
         if self.cut:
-            texts.append(f"more than {ROWS} candidates entered NMS in {self.cut} images")
+            texts.append(f"{ROWS} or more candidates entered NMS in {self.cut} images")
         return texts
 
 
 def _by_nms(raw: Dict[str, np.ndarray]) -> List[List[np.ndarray]]:
-    """Per NMS the (B, rows, 1) kept maps, before the first round and after each."""
+    """Per NMS the (images, rows, 1) kept maps, before the first round and after each."""
     found: Dict[str, List[str]] = {}
     for name in sorted(name for name in raw if name.startswith(_PREFIX)):
         found.setdefault(name.rpartition(_ROUND)[0], []).append(name)

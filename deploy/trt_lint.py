@@ -175,6 +175,7 @@ def _lint_sizes(model: onnx.ModelProto) -> List[Finding]:
         Finding(_name(node), f"{node.op_type}: the size of its result is not constant")
         for node in graph.node
         if unknown & set(node.output) and not unknown & set(node.input)
+        if node.op_type not in _BY_DATA  # already named
     ]
 
 

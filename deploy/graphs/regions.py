@@ -4,6 +4,7 @@ from typing import List
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deploy.graphs.common import anchors_at, clip, decode, dense, nonempty, take
 from deploy.ops import INVALID, IS_VALID, pyramid_roi_align, select_nms
@@ -43,19 +44,23 @@ def propose(
 def _nms_per_level(boxes, scores, iou: float, most: int) -> Tensor:
     """The `most` best boxes (B, most, 4) that NMS in each level keeps, then zeros.
 
+    Levels go through one NMS as if they were images.
+
     Args:
         boxes: per level (B, k, 4).  scores: per level (B, k).
     """
-    kept = []
-    for candidates, values in zip(boxes, scores):
-        group = torch.zeros_like(values, dtype=torch.int64)
-        index = select_nms(candidates, values, group, iou, 1, min(most, values.shape[1]))
-        row = index.clamp(min=0)
-        values = torch.where(index >= 0, values.gather(1, row), INVALID)
-        kept.append((take(candidates, row), values))
-    candidates, values = (torch.cat(tensors, dim=1) for tensors in zip(*kept))
-    best, index = values.topk(min(most, values.shape[1]), dim=1)
-    return torch.where((best > IS_VALID)[..., None], take(candidates, index), 0.0)
+    batch, rows = scores[0].shape[0], max(level.shape[1] for level in scores)
+    boxes = torch.stack([pad(x, (0, 0, 0, rows - x.shape[1])) for x in boxes], dim=1)
+    boxes = boxes.reshape(-1, rows, 4)  # (B * levels, rows, 4)
+    scores = [pad(x, (0, rows - x.shape[1]), value=INVALID) for x in scores]
+    scores = torch.stack(scores, dim=1).reshape(-1, rows)
+    group = torch.zeros_like(scores, dtype=torch.int64)
+    index = select_nms(boxes, scores, group, iou, 1, min(most, rows))
+    row = index.clamp(min=0)
+    scores = torch.where(index >= 0, scores.gather(1, row), INVALID).reshape(batch, -1)
+    best, index = scores.topk(min(most, scores.shape[1]), dim=1)
+    boxes = take(take(boxes, row).reshape(batch, -1, 4), index)
+    return torch.where((best > IS_VALID)[..., None], boxes, 0.0)
 
 
 def _best_anchors(rpn, i: int, objectness: Tensor, deltas: Tensor):
