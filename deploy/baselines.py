@@ -69,7 +69,7 @@ def load_baseline(kind: str, path, spec: ModelSpec, provider: str, threads: int)
     device = _device(provider)
     if kind == SCRIPT:
         return ScriptRunner(path, spec, device)
-    eager = EagerDetector(path, spec.score_threshold, device)
+    eager = EagerDetector(path, spec.score_threshold, device, spec.proposals)
     if eager.classes != spec.classes:
         raise UserError(f"{path} has classes {eager.classes}, the graph has {spec.classes}")
     if kind == COMPILE:
@@ -88,7 +88,7 @@ def trace(kind: str, checkpoint, spec: ModelSpec, image: np.ndarray, folder, pro
         UserError: no checkpoint of ours. Whatever the tracer raises passes through.
     """
     # loaded for this alone: the older exporter leaves the model in training mode
-    eager = EagerDetector(checkpoint, spec.score_threshold, _device(provider))
+    eager = EagerDetector(checkpoint, spec.score_threshold, _device(provider), spec.proposals)
     inputs = eager.as_inputs([prepare(image, spec)])
     whole = hasattr(eager.model, "roi_heads")
     adapter = TracingAdapter(eager.model, inputs, _without_pasting if whole else None).eval()

@@ -18,14 +18,17 @@ class EagerDetector:
         checkpoint: .pth written by train_net.py.
         score_threshold: the graph's; the same as the config's unless the export changed it.
         device: "cpu" or "cuda".
+        proposals: the graph's, of R-CNN; 0 for the config's.
     Raises:
         UserError: as `deploy.load.load_student`, or no CUDA device.
     """
 
-    def __init__(self, checkpoint, score_threshold: float, device: str = "cpu"):
+    def __init__(self, checkpoint, score_threshold: float, device: str = "cpu", proposals: int = 0):
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("this PyTorch sees no CUDA device to run the checkpoint on")
-        self.student = load_student(checkpoint, score_threshold=score_threshold)
+        self.student = load_student(
+            checkpoint, score_threshold=score_threshold, proposals=proposals or None
+        )
         self.classes: List[str] = self.student.classes
         self.model = self.student.model.to(device)
         self._read = DatasetMapper(self.student.cfg, is_train=False)

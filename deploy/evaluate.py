@@ -66,14 +66,15 @@ def has_mask_ap(spec: ModelSpec, data: CocoData) -> bool:
 
 
 def load_eager(checkpoint, spec: ModelSpec):
-    """The checkpoint's student as a `deploy.eager.EagerDetector` with the graph's threshold.
+    """The checkpoint's student as a `deploy.eager.EagerDetector` with the graph's threshold and
+    number of proposals.
 
     Raises:
         UserError: no checkpoint of ours, or its classes are not the spec's.
     """
     from deploy.eager import EagerDetector  # PyTorch and Detectron2, only where they are asked for
 
-    eager = EagerDetector(checkpoint, spec.score_threshold)
+    eager = EagerDetector(checkpoint, spec.score_threshold, proposals=spec.proposals)
     if eager.classes != spec.classes:
         raise UserError(f"{checkpoint} has classes {eager.classes}, the graph has {spec.classes}")
     return eager

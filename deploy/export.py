@@ -52,6 +52,7 @@ def export(
     size: Optional[Tuple[int, int]] = None,
     dynamic: str = "batch",
     score_threshold: Optional[float] = None,
+    proposals: Optional[int] = None,
     input_dtype: str = "float32",
     target: str = "onnx",
     images=None,
@@ -65,7 +66,7 @@ def export(
         config_file: used instead of the config found with the checkpoint.
         size: (height, width) of the canvas; default from the config's test size.
         dynamic: "none", "batch" or "image" (see `ModelSpec`).
-        score_threshold: replaces the config's.  input_dtype: "float32" or "uint8".
+        score_threshold, proposals: replace the config's.  input_dtype: "float32" or "uint8".
         target: "onnx", or "tensorrt": operators and sizes that TensorRT takes (see `trt_lint`).
         images: folder of images to verify on, beside the built-in ones.
         force: replace an earlier export.
@@ -81,7 +82,7 @@ def export(
     checkpoint = Path(checkpoint)
     output = Path(output) if output else checkpoint.with_name(f"{checkpoint.stem}_onnx")
     _refuse_existing(output, force)
-    student = load_student(checkpoint, config_file, score_threshold)
+    student = load_student(checkpoint, config_file, score_threshold, proposals)
     detector = exportable(student.model)
     spec = make_spec(student, detector, size, dynamic, input_dtype, target)
     pixels = read_images(images, spec) if images else None
@@ -168,6 +169,7 @@ def make_spec(
         target=target,
         task="instance_segmentation" if detector.mask_size else "detection",
         mask_size=detector.mask_size,
+        proposals=detector.proposals,
         hashes={"checkpoint_sha256": student.checkpoint_sha256},
         versions={package: version(package) for package in _PACKAGES},
     )
@@ -263,6 +265,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="what may vary: nothing (batch 1), the batch (default), or batch and canvas",
     )
     parser.add_argument("--score-threshold", type=float, metavar="T", help="default: the config's")
+    parser.add_argument(
+        "--proposals",
+        type=int,
+        metavar="N",
+        help="R-CNN: boxes that reach the second stage, at most; fewer are faster and can cost AP "
+        "(default: the config's MODEL.RPN.POST_NMS_TOPK_TEST)",
+    )
     parser.add_argument("--input-dtype", choices=("float32", "uint8"), default="float32")
     parser.add_argument(
         "--target",
@@ -318,6 +327,7 @@ def run(argv: Optional[Sequence[str]]) -> int:
         size=tuple(args.size) if args.size else None,
         dynamic=args.dynamic,
         score_threshold=args.score_threshold,
+        proposals=args.proposals,
         input_dtype=args.input_dtype,
         target=args.target,
         images=args.images,

@@ -33,7 +33,10 @@ class Student:
 
 
 def load_student(
-    path, config_file: Optional[str] = None, score_threshold: Optional[float] = None
+    path,
+    config_file: Optional[str] = None,
+    score_threshold: Optional[float] = None,
+    proposals: Optional[int] = None,
 ) -> Student:
     """Build the student that a checkpoint holds and load it strictly.
 
@@ -41,6 +44,7 @@ def load_student(
         path: local .pth (or the model zoo's .pkl).
         config_file: used instead of the config in the checkpoint or the config.yaml beside it.
         score_threshold: replaces the config's, in [0, 1).
+        proposals: replaces the config's MODEL.RPN.POST_NMS_TOPK_TEST, at least 1.
     Raises:
         UserError: not a checkpoint, no config, an architecture that cannot be exported, a weight
             missing, left over, mismatched or not finite, or a wrong number of class names.
@@ -50,7 +54,7 @@ def load_student(
         raise UserError(f"{path}: no such checkpoint")
     checkpoint = read_weights(str(path))
     cfg, source = _find_config(path, checkpoint, config_file)
-    cfg = _inference_config(cfg, source, score_threshold)
+    cfg = _inference_config(cfg, source, score_threshold, proposals)
     model = _build(cfg, source)
     report = load_complete(model, str(path), what="student")
     # Older files hold buffers that are constants of the config today.
@@ -87,7 +91,9 @@ def _find_config(path: Path, checkpoint: Dict, config_file: Optional[str]) -> Tu
     )
 
 
-def _inference_config(cfg: CfgNode, source: str, score_threshold: Optional[float]) -> CfgNode:
+def _inference_config(
+    cfg: CfgNode, source: str, score_threshold: Optional[float], proposals: Optional[int]
+) -> CfgNode:
     """The student's config for building it here: CPU, no weights of its own to fetch."""
     cfg = student_config(cfg)
     cfg.defrost()
@@ -103,6 +109,12 @@ def _inference_config(cfg: CfgNode, source: str, score_threshold: Optional[float
             raise UserError(f"--score-threshold {score_threshold} is not in [0, 1)")
         for node in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
             node.SCORE_THRESH_TEST = score_threshold
+    if proposals is not None:
+        if architecture != "GeneralizedRCNN":
+            raise UserError(f"--proposals {proposals}: {architecture} has no proposals")
+        if proposals < 1:
+            raise UserError(f"--proposals {proposals} is too small")
+        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = proposals
     return cfg
 
 

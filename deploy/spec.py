@@ -60,6 +60,7 @@ class ModelSpec:
     opset: int
     task: str = "detection"
     mask_size: int = 0  # M of the masks; 0 without
+    proposals: int = 0  # boxes per image, at most, that R-CNN's second stage sees; 0 without one
     precision: str = "fp32"  # "fp32" | "fp16" | "int8": what the network's weights are stored in
     target: str = "onnx"  # | "tensorrt": operators and sizes that TensorRT takes, see trt_lint.py
     hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256

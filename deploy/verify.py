@@ -63,7 +63,7 @@ def recheck(
         raise UserError(f"{onnx_path} is int8: what that costs is seen in AP; give --dataset")
     if spec.precision == "fp32" and dataset:
         raise UserError(f"{onnx_path} is float32: --dataset is for what a precision costs")
-    student = load_student(checkpoint, config_file, spec.score_threshold)
+    student = load_student(checkpoint, config_file, spec.score_threshold, spec.proposals or None)
     pixels = read_images(images, spec) if images else None
     data = load_dataset(*dataset) if dataset else None
     print(_heading(graph, student, checkpoint))

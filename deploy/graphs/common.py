@@ -41,6 +41,7 @@ class ExportableDetector(nn.Module):
     # Tensors that `network` itself selected; it takes them as keyword arguments to be given.
     selections: Tuple[str, ...] = ()
     mask_size = 0
+    proposals = 0  # per image, of a detector with two stages
     static = False  # to be exported with `deploy.static_ops`: nothing but its speed depends on it
 
     def __init__(self, student: nn.Module):

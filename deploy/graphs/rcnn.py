@@ -41,6 +41,7 @@ class ExportableRCNN(ExportableDetector):
         self.nms_threshold = predictor.test_nms_thresh
         self.max_detections = predictor.test_topk_per_image
         self.mask_size = mask_size(self.heads) if self.heads.mask_on else 0
+        self.proposals = self.rpn.post_nms_topk[False]
         self.suffixes = ["", *(f".stage{i + 2}" for i in range(len(self.stages(self.heads)) - 1))]
         self.selections = (*(f"rois{suffix}" for suffix in self.suffixes),)
         if self.mask_size:
