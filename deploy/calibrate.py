@@ -40,7 +40,15 @@ class Reader(CalibrationDataReader):
     """One image after the other, resized and padded exactly as the runtime does it."""
 
     def __init__(self, files: Sequence[Path], spec: ModelSpec):
-        self.pending, self.spec = list(files), spec
+        self.files, self.spec = list(files), spec
+        self.set_range(0, len(self.files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Which images `get_next` gives from now on."""
+        self.pending = self.files[start_index:end_index]
 
     def get_next(self):
         """Inputs of the graph by name, or None at the end."""

@@ -1,8 +1,9 @@
 """int8: Q/DQ around the layers that are worth it, made by onnxruntime.quantization."""
 
+import io
 import logging
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Set
@@ -21,6 +22,9 @@ from onnxruntime.quantization import (
 from deploy.layers import MATRIX_OPS, weighted_layers
 from deploy.spec import ModelSpec
 
+# Of an activation's values, how many its range covers. All of them: outliers cost up to 0.45 AP
+# (symmetric ranges); 99.99: cuts off the few largest logits, which are the objects, up to 0.4 AP.
+PERCENTILE = 99.999
 _FOLLOWERS = ("Relu", "MaxPool", "Add")  # quantised where all they read is
 
 
@@ -76,9 +80,13 @@ def int8_model(
             per_channel=True,
             activation_type=chosen.activations,
             weight_type=QuantType.QInt8,
-            # not a percentile: the few largest logits are the objects
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options=chosen.options,
+            calibrate_method=CalibrationMethod.Percentile,
+            # the last one: activations of one image at a time in memory, whatever its name says
+            extra_options={
+                **chosen.options,
+                "CalibPercentile": PERCENTILE,
+                "CalibStridedMinMax": 1,
+            },
         )
         quantised = onnx.load(path)
     _finish(quantised, model, spec)
@@ -137,10 +145,11 @@ def _followers(model: onnx.ModelProto, chosen: Set[str], operators) -> List[str]
 
 @contextmanager
 def _quiet():
-    """Without the warning to preprocess, which we did."""
+    """Without the warning to preprocess, which we did, and what the calibrator prints."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
