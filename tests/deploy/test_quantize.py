@@ -60,7 +60,7 @@ def test_folding_batch_norms_changes_nothing_but_rounding(dynamic_retinanet):
         ).run(None, feed)
         for m in (model, folded)
     )
-    assert len(a) == 4 + 6
+    assert len(a) >= 4 + 6  # logits and deltas of three levels
     for expected, actual in zip(a[4:], b[4:], strict=True):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4)
 
