@@ -1,7 +1,7 @@
 """ModelSpec: all that a client must know to use an exported graph. Standard library only."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -164,11 +164,14 @@ class ModelSpec:
 
     @classmethod
     def _from_dict(cls, values: Any, where: str) -> "ModelSpec":
+        """Fields with a default may be missing: files from before there was such a field."""
         names = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+        required.add("format")
         found = set(values) if isinstance(values, dict) else set()
-        if found != names:
+        if not required <= found <= names:
             raise UserError(
-                f"{where} is no model spec of ours (missing {sorted(names - found)}, unknown "
+                f"{where} is no model spec of ours (missing {sorted(required - found)}, unknown "
                 f"{sorted(found - names)}); was the model written by deploy/export.py?"
             )
         return cls(**values)

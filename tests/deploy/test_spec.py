@@ -104,3 +104,24 @@ def test_json_is_stable(tmp_path):
     _spec().to_json(tmp_path / "a.json")
     keys = list(json.loads((tmp_path / "a.json").read_text(encoding="utf-8")))
     assert keys == sorted(keys)
+
+
+def _without(name, folder):
+    """A model.json that lacks one field."""
+    path = folder / "model.json"
+    _spec().to_json(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values[name]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["precision", "target", "mask_size", "proposals", "task"])
+def test_files_from_before_a_field_with_a_default_are_read(name, tmp_path):
+    assert ModelSpec.from_json(_without(name, tmp_path)) == _spec()
+
+
+@pytest.mark.parametrize("name", ["format", "classes", "score_threshold"])
+def test_all_other_fields_must_be_there(name, tmp_path):
+    with pytest.raises(UserError, match=rf"missing \['{name}'\]"):
+        ModelSpec.from_json(_without(name, tmp_path))
