@@ -25,15 +25,19 @@ def propose(
         level_by_level: one NMS per level instead of one with levels as groups. The same result;
             for `deploy.static_ops`, whose cost grows with the square of the boxes in one NMS.
     Returns:
-        (B, R, 4) proposals in descending order of objectness, then rows of zeros.
+        (B, R, 4) proposals in descending order of objectness, then rows of zeros. R is the config's
+        number, or that of all candidates where it is known and smaller.
     """
     parts = [_best_anchors(rpn, i, *x) for i, x in enumerate(zip(objectness, deltas))]
-    boxes, scores, level = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+    best, anchors, scores, level = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+    boxes = decode(best, anchors, rpn.box2box_transform)
     valid = torch.isfinite(boxes).all(dim=-1) & torch.isfinite(scores)
     boxes = clip(boxes, image_sizes)
     valid = valid & nonempty(boxes, rpn.min_box_size)
     scores = torch.where(valid, scores, INVALID)
-    most = rpn.post_nms_topk[False]
+    most, candidates = rpn.post_nms_topk[False], scores.shape[1]
+    if isinstance(candidates, int):  # not a symbol: rows of zeros would cost as much as boxes
+        most = min(most, candidates)
     if level_by_level:
         sizes = [part[0].shape[1] for part in parts]
         return _nms_per_level(boxes.split(sizes, 1), scores.split(sizes, 1), rpn.nms_thresh, most)
@@ -64,7 +68,7 @@ def _nms_per_level(boxes, scores, iou: float, most: int) -> Tensor:
 
 
 def _best_anchors(rpn, i: int, objectness: Tensor, deltas: Tensor):
-    """Decoded boxes (B, k, 4), logits and level number (B, k) of a level's best anchors."""
+    """Deltas, anchors (B, k, 4), logits and level number (B, k) of a level's best anchors."""
     width = objectness.shape[-1]
     logits = dense(objectness, 1).flatten(1)
     best, anchor = logits.topk(torch.sym_min(rpn.pre_nms_topk[False], logits.shape[1]))
@@ -72,8 +76,7 @@ def _best_anchors(rpn, i: int, objectness: Tensor, deltas: Tensor):
     anchors = anchors_at(
         anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
     )
-    boxes = decode(take(dense(deltas, 4), anchor), anchors, rpn.box2box_transform)
-    return boxes, best, torch.full_like(anchor, i)
+    return take(dense(deltas, 4), anchor), anchors, best, torch.full_like(anchor, i)
 
 
 def pool(pooler, features: List[Tensor], rois: Tensor) -> Tensor:

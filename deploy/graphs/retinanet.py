@@ -62,14 +62,17 @@ class ExportableRetinaNet(ExportableDetector):
     def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
         """The four outputs of `ExportableDetector` from what `network` returns."""
         parts = [self._candidates(i, raw) for i in range(len(self.levels))]
-        boxes, scores, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+        deltas, anchors, best, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
+        boxes, scores = self._decode(deltas, anchors), self._scores(best)
+        scores = torch.where(scores > self.score_threshold, scores, INVALID)
         index = select_nms(
             boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
         )
         return finish(index, boxes, scores, labels, image_sizes)
 
     def _candidates(self, i: int, raw: Dict[str, Tensor]):
-        """Boxes (B, k, 4), scores and classes (B, k) of one level, k = min(topk, all pairs)."""
+        """Deltas, anchors (B, k, 4), what `_ranked` gave and classes (B, k) of the best pairs of a
+        level, k = min(topk, all pairs)."""
         deltas, width = raw[f"deltas.{self.levels[i]}"], raw[f"logits.{self.levels[i]}"].shape[-1]
         ranked = self._ranked(i, raw)
         best, pair = ranked.topk(torch.sym_min(self.topk, ranked.shape[1]), dim=1)
@@ -78,9 +81,7 @@ class ExportableRetinaNet(ExportableDetector):
         anchors = anchors_at(
             anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
         )
-        boxes, scores = self._decode(take(dense(deltas, 4), anchor), anchors), self._scores(best)
-        scores = torch.where(scores > self.score_threshold, scores, INVALID)
-        return boxes, scores, pair - anchor * self.num_classes
+        return take(dense(deltas, 4), anchor), anchors, best, pair - anchor * self.num_classes
 
     def _ranked(self, i: int, raw: Dict[str, Tensor]) -> Tensor:
         """(B, H * W * A * classes) what decides about a level's best pairs: logits."""

@@ -46,7 +46,8 @@ def test_proposals_are_detectron2s(model, monkeypatch):
     proposals, _ = model.proposal_generator(batch, model.backbone(batch.tensor), None)
     for image, expected in enumerate(proposals):
         count = len(expected)
-        assert 100 < count < 400 == rois.shape[1] and not rois[image, count:].any()
+        # 100 candidates of each of three levels, 36 and 12 are all that there are
+        assert 100 < count < 348 == rois.shape[1] and not rois[image, count:].any()
         torch.testing.assert_close(rois[image, :count], expected.proposal_boxes.tensor)
 
 
