@@ -22,7 +22,8 @@ _PREFIX, _ROUND = "raw.nms.", ".round"  # of its name
 class Rounds:
     """Of all static NMS of a graph, over the images of all batches added."""
 
-    needed: int = 0  # rounds until nothing changed; exact up to `ROUNDS` - 1
+    made: int = 0  # rounds in the graph
+    needed: int = 0  # rounds until nothing changed, if that is less than `made`
     unsettled: int = 0  # images in which the last round still changed something
     cut: int = 0  # images with `ROWS` or more candidates whose list of detections is not full
 
@@ -37,6 +38,7 @@ class Rounds:
             # an image may have several, one per level
             values = [x.reshape(len(num_dets), -1, x.shape[1]) for x in rounds]
             changed = np.stack([(a != b).any(axis=(1, 2)) for a, b in zip(values, values[1:])])
+            self.made = len(changed)
             self.needed = max([self.needed, *(np.flatnonzero(changed.any(axis=1)) + 1).tolist()])
             unsettled = unsettled | changed[-1]
             if values[0].shape[2] == ROWS:
@@ -49,8 +51,8 @@ class Rounds:
         texts = []
         if self.unsettled:
             texts.append(
-                f"NOT CONVERGED: {ROUNDS} rounds of static NMS were too few for {self.unsettled} "
-                "images; chains of overlapping boxes longer than that are decided wrongly"
+                f"NOT CONVERGED: {self.made} rounds of static NMS were too few for "
+                f"{self.unsettled} images; longer chains of overlapping boxes are decided wrongly"
             )
         if self.cut:
             texts.append(f"{ROWS} or more candidates entered NMS in {self.cut} images")

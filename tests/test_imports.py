@@ -26,6 +26,7 @@ FORBIDDEN = {
     "deploy.predict": TRAINING | {"onnx", "onnxruntime", "pycocotools"},  # of a server: no ORT
     "deploy.evaluate": TRAINING | {"onnx"},
     "deploy.benchmark": TRAINING,
+    "deploy.trt_lint": TRAINING | {"onnxruntime"},
 }
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import deploy.export
-import deploy.trt_build
+import deploy.static_ops
 from deploy.export import main
 from deploy.graphs.regions import propose
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.tiny import scenes, tiny_cfg
+from deploy.tiny import scenes, tiny_cfg, write_scenes
 from deploy.trt_build import build_commands
 from deploy.trt_lint import lint
 from tests.deploy.conftest import conditioned
@@ -131,6 +131,34 @@ def test_what_tensorrt_would_refuse_is_no_model(checkpoint, for_tensorrt, monkey
     assert sorted(path.name for path in folder.iterdir()) == ["model.failed.onnx", "report.json"]
     report = json.loads((folder / "report.json").read_text())
     assert report["verification"]["tally"]["unmatched"] == 0 and "tensorrt" not in report
+
+
+def test_too_few_rounds_fail_and_are_said(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(deploy.static_ops, "ROUNDS", 2)
+    assert main([str(checkpoint), "--target", "tensorrt"]) == 4
+    captured = capsys.readouterr()
+    assert "NOT CONVERGED: 2 rounds of static NMS were too few for" in captured.out
+    assert "the graph differs: over the gate: matched" in captured.err
+
+
+def test_int8_is_the_recipe_that_passes_the_lint(checkpoint, for_tensorrt, monkeypatch, tmp_path):
+    exported = for_tensorrt("RetinaNet")
+    made = onnx.load(exported.path)
+    monkeypatch.setattr(deploy.export, "to_onnx", lambda detector, spec: made)
+    dataset = write_scenes(tmp_path / "data", exported.model, count=4)
+    options = ["--target", "tensorrt", "--precision", "int8", "--dataset", str(dataset)]
+    options += ["--images-root", str(dataset.with_name("images"))]
+    # untrained weights lose more AP than a user would accept
+    options += ["--calibration", str(dataset.with_name("others")), "--max-ap-drop", "40"]
+    assert main([str(checkpoint), *options]) == 0
+    folder = checkpoint.with_name("student_onnx")
+    model = onnx.load(folder / "model.int8.onnx")
+    assert lint(model) == []
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("DequantizeLinear") > 20 and "Trilu" in kinds
+    report = json.loads((folder / "report.json").read_text())
+    assert report["precisions"]["int8"]["recipe"] == "tensorrt"
+    assert "--stronglyTyped" in report["tensorrt"]["model.int8.onnx"]["commands"]["10"]
 
 
 @pytest.mark.parametrize(
