@@ -23,6 +23,7 @@ from deploy.load import Student, load_student
 from deploy.precision import FILES as REDUCED_FILES
 from deploy.precision import PRECISIONS, Reduction, add_precision, require_all_passed
 from deploy.quantize import RECIPES
+from deploy.receipt import chain, environment
 from deploy.spec import ModelSpec
 from deploy.trt_build import build_text, describe_build
 from deploy.trt_lint import notes
@@ -94,6 +95,7 @@ def export(
         print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
     model, details = _convert(detector, spec)
     details = {"checkpoint": str(checkpoint), "config": student.config_source, **details}
+    details["versions"] = environment(spec.versions)
     details["left_out"] = {
         key: {"tensors": count, "bytes": size_bytes}
         for key, (count, size_bytes) in student.dropped.items()
@@ -105,6 +107,8 @@ def export(
         raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
     print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
     _add_build(details, spec, output / "model.onnx")
+    details["ap"] = inputs.single(output / "model.onnx")
+    write_json(output / "report.json", details)
     reduced = details["precisions"] = {}
     for precision in reduction.precisions:
         reduced[precision] = add_precision(precision, output, student, spec, inputs, pixels)
@@ -217,6 +221,7 @@ def _verify_and_publish(output: Path, student, spec, model, pixels, details) -> 
         details["seconds"]["verify"] = round(time.perf_counter() - started, 1)
         details["graph"]["bytes"] = len(content)
         details["verification"] = report.to_dict()
+        details["chain"] = chain(student.origin, spec.hashes)
         write_json(output / "report.json", details)
         for name in _GRAPH_FILES:
             (output / name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
+from deploy.receipt import origin_of
 from fgd.config import load_config, load_config_text, student_config
 from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.weights import load_complete, read_weights
@@ -30,6 +31,7 @@ class Student:
     config_source: str  # where the config came from, for the report
     checkpoint_sha256: str
     dropped: Dict[str, Tuple[int, int]]  # other content of the file: key -> (tensors, bytes)
+    origin: Dict[str, Any]  # who taught it and how, see `receipt.origin_of`
 
 
 def load_student(
@@ -73,6 +75,7 @@ def load_student(
         config_source=source,
         checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         dropped={key: size for key, size in dropped.items() if size[0]},
+        origin=origin_of(checkpoint),
     )
 
 

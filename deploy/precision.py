@@ -81,14 +81,22 @@ class Inputs:
     files: List[Path]
     single_ap: Optional[float] = None  # of the float32 graph, measured once
 
+    def single(self, path) -> Optional[Dict]:
+        """AP of the float32 graph in points of 100, for report.json; None without a dataset."""
+        if self.data is None:
+            return None
+        if self.single_ap is None:
+            self.single_ap = average_precision(path, self.data)
+            print(f"AP on {len(self.data.images)} images of {self.data.name}: {self.single_ap:.2f}")
+        return {"dataset": self.data.name, "images": len(self.data.images), "ap": self.single_ap}
+
     def loss(self, single, reduced) -> Optional[ApLoss]:
         """AP of both files; None without a dataset."""
         if self.data is None:
             return None
-        if self.single_ap is None:
-            self.single_ap = average_precision(single, self.data)
+        before = self.single(single)["ap"]
         ap = average_precision(reduced, self.data)
-        return ApLoss(self.data.name, len(self.data.images), self.single_ap, ap)
+        return ApLoss(self.data.name, len(self.data.images), before, ap)
 
 
 def add_precision(

@@ -5,6 +5,7 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 
+from deploy.graphs.common import FEATURES
 from deploy.matching import MARGIN, Decisions, Found, excuse, match_detections
 from deploy.nms_rounds import ROUNDS
 
@@ -124,7 +125,10 @@ def _json_ready(value):
 
 
 def gates_of(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate]:
-    """Matched share, box, score and mask error, and each raw prediction's error to float64."""
+    """Matched share, box, score and mask error, and each raw prediction's error to float64.
+
+    Features have no gate of their own: what is wrong with them shows in the predictions.
+    """
     gates = [
         Gate("matched", tally.ratio, f">= {MATCHED}", tally.ratio >= MATCHED),
         Gate(
@@ -135,6 +139,8 @@ def gates_of(tally: Tally, raw_errors: Dict[str, Dict[str, float]]) -> List[Gate
     if tally.mask_error is not None:
         gates.append(Gate("mask error", tally.mask_error, f"<= {MASK}", tally.mask_error <= MASK))
     for name, errors in raw_errors.items():
+        if name.startswith(FEATURES):
+            continue
         rounding = _ROUNDINGS * np.finfo(np.float32).eps * errors["scale"]
         bound = float(max(RAW_RATIO * errors["torch"], rounding))
         kept = bool(errors["graph"] <= bound)  # False for NaN

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from typing import Dict, Tuple
+from typing import Dict, Iterable, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from deploy.errors import UserError
 from deploy.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
+
+FEATURES = "features."  # prefix of the backbone's outputs among what `network` returns
 
 
 class ExportableDetector(nn.Module):
@@ -25,8 +27,9 @@ class ExportableDetector(nn.Module):
              detection's class on a grid that spans its box; 0 past num_dets.
 
     A subclass borrows the sub-modules of a Detectron2 model and follows its inference step by step:
-        network(images, image_sizes) -> {name: tensor}, all that has weights, and under their own
-            names those outputs that a later head needed;
+        network(images, image_sizes) -> {name: tensor}, all that has weights, stage by stage:
+            `name_features`, raw predictions, and under their own names those outputs that a later
+            head needed;
         detect(raw, image_sizes) -> the outputs, all that selects.
     It also sets `num_classes`, `nms_threshold` and `max_detections`.
 
@@ -64,13 +67,15 @@ class ExportableDetector(nn.Module):
     def forward(self, images: Tensor, image_sizes: Tensor):
         """Outputs of the class docstring, then the other tensors of `network` in its order."""
         raw = self.network(images, image_sizes)
-        inner = [value for name, value in raw.items() if name not in OUTPUT_NAMES]
+        inner = {name: value for name, value in raw.items() if name not in OUTPUT_NAMES}
         counts, boxes, scores, *others = self.detect(raw, image_sizes)
-        # a sum is NaN or infinite when one of its terms is, and reads each value only once
-        pixels = self.normalize(images, image_sizes)
-        sums = [values.reshape(images.shape[0], -1).sum(dim=1) for values in (pixels, *inner)]
+        # a sum is NaN or infinite when one of its terms is, and reads each value only once;
+        # what is wrong with features shows in the predictions from them
+        judged = [value for name, value in inner.items() if not name.startswith(FEATURES)]
+        judged = [self.normalize(images, image_sizes), *judged]
+        sums = [values.reshape(images.shape[0], -1).sum(dim=1) for values in judged]
         finite = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
-        return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner)
+        return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner.values())
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """In how many images a fixed limit inside the graph may have cut off detections."""
@@ -84,6 +89,11 @@ class ExportableDetector(nn.Module):
         columns = torch.arange(width, device=images.device)[None, :] < image_sizes[:, 1:]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, (images.to(mean.dtype) - mean) / std, 0.0)
+
+
+def name_features(features: Dict[str, Tensor], levels: Iterable[str]) -> Dict[str, Tensor]:
+    """The backbone's outputs that a detector reads, named as `network` returns them."""
+    return {f"{FEATURES}{level}": features[level] for level in sorted(levels)}
 
 
 def require(part, kind: type, where: str) -> None:

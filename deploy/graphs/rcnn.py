@@ -10,7 +10,16 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor, nn
 
 from deploy.errors import UserError
-from deploy.graphs.common import ExportableDetector, clip, decode, finish, nonempty, require, take
+from deploy.graphs.common import (
+    ExportableDetector,
+    clip,
+    decode,
+    finish,
+    name_features,
+    nonempty,
+    require,
+    take,
+)
 from deploy.graphs.masks import check_mask_head, mask_logits, mask_probabilities, mask_size
 from deploy.graphs.regions import pool, propose
 from deploy.ops import INVALID, select_nms
@@ -85,15 +94,16 @@ class ExportableRCNN(ExportableDetector):
                 to be used instead of those found, so that two implementations can be compared row
                 by row. All of `selections`, or none.
         Returns:
-            Per RPN level "objectness.p2": (B, A, H, W) and "rpn_deltas.p2": (B, A * 4, H, W); per
-            stage "rois": (B, R, 4), zeros where there is none; "class_logits": (B * R, classes +
-            1); "box_deltas": (B * R, classes * 4), or (B * R, 4) when class-agnostic; with masks
-            "mask_logits": (B * K, classes or 1, M, M).
+            Per level "features.p2": (B, C, H, W); per RPN level "objectness.p2": (B, A, H, W) and
+            "rpn_deltas.p2": (B, A * 4, H, W); per stage "rois": (B, R, 4), zeros where there is
+            none; "class_logits": (B * R, classes + 1); "box_deltas": (B * R, classes * 4), or
+            (B * R, 4) when class-agnostic; with masks "mask_logits": (B * K, classes or 1, M, M).
         """
         features = self.student.backbone(self.normalize(images, image_sizes))
         levels = self.rpn.in_features
         objectness, deltas = self.rpn.rpn_head([features[level] for level in levels])
         raw = {
+            **name_features(features, {*levels, *self.heads.box_in_features}),
             **{f"objectness.{level}": x for level, x in zip(levels, objectness)},
             **{f"rpn_deltas.{level}": x for level, x in zip(levels, deltas)},
         }

@@ -14,6 +14,7 @@ from deploy.graphs.common import (
     decode,
     dense,
     finish,
+    name_features,
     require,
     take,
 )
@@ -50,10 +51,11 @@ class ExportableRetinaNet(ExportableDetector):
         require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
 
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
-        """Per level "logits.p3": (B, A * classes, H, W) and "deltas.p3": (B, A * 4, H, W)."""
+        """Per level "features.p3": (B, C, H, W), "logits.p3": (B, A * classes, H, W) and
+        "deltas.p3": (B, A * 4, H, W)."""
         features = self.student.backbone(self.normalize(images, image_sizes))
         predictions = self.student.head([features[level] for level in self.levels])
-        return {
+        return name_features(features, self.levels) | {
             f"{kind}.{level}": x
             for kind, levels in zip(self.predictions, predictions)
             for level, x in zip(self.levels, levels)

@@ -70,6 +70,17 @@ def test_a_bare_checkpoint_gives_three_files_that_agree(arch, exported):
     report = json.loads((folder / "report.json").read_text())
     assert report["verification"]["passed"] and report["graph"]["bytes"] == len(content)
     assert report["left_out"] == {"distiller": {"tensors": 1, "bytes": 140}}
+    assert report["chain"] == {
+        "teacher": "not recorded",  # as in files that older versions wrote
+        "training_config": {"sha256": "not recorded"},
+        "checkpoint": {"sha256": hashlib.sha256(checkpoint).hexdigest(), "iterations": None},
+        "graph": {"sha256": hashlib.sha256(content).hexdigest()},
+    }
+    assert report["ap"] is None and {"python", "torch", "onnxruntime"} <= report["versions"].keys()
+    errors = report["verification"]["raw_errors"]
+    levels = "34567" if arch == "RetinaNet" else "23456"
+    assert [n for n in errors if n.startswith("feat")] == [f"features.p{i}" for i in levels]
+    assert all(0 <= e["graph"] < 1e-4 < e["scale"] for e in errors.values())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
