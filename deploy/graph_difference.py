@@ -1,7 +1,7 @@
 """What two graphs of one detector differ in: nodes, and initializers by name. Needs onnx."""
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import onnx
@@ -62,48 +62,87 @@ class Comparison:
         return len(self.differences) >= max(_MANY, self.total / 10)
 
 
-def compare_initializers(model: onnx.ModelProto, reference: onnx.ModelProto) -> Comparison:
-    """Compare the initializers of equal names; those of one graph alone are listed."""
+def compare_initializers(
+    model: onnx.ModelProto, reference: onnx.ModelProto, by_position: bool = False
+) -> Comparison:
+    """Compare the initializers of equal names; those of one graph alone are listed.
+
+    Args:
+        by_position: the structure is equal, so compare what nodes read in the same place, under
+            the reference's names: the exporter stores equal tensors once, under one of their names.
+    """
     found, expected = _initializers(model), _initializers(reference)
-    readers, result = _readers(model), Comparison()
-    order = {name: i for i, name in enumerate(readers)}
-    for name in sorted(found.keys() & expected.keys(), key=lambda n: order.get(n, len(order))):
-        a, b = (numpy_helper.to_array(tensors[name]) for tensors in (found, expected))
+    if by_position:
+        pairs = _pairs_by_position(model, reference)
+    else:
+        pairs = [(name, name) for name in _in_order(model) if name in expected]
+    readers, result = _readers(reference if by_position else model), Comparison()
+    for ours, theirs in pairs:
+        a, b = numpy_helper.to_array(found[ours]), numpy_helper.to_array(expected[theirs])
         if a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes():
             result.equal += 1
-        elif _within_rounding(name, a, b):
+        elif _within_rounding(theirs, a, b):
             result.rounded += 1
         else:
-            where = ", ".join(readers.get(name, ["nothing"])[:3]) + _folded(name, found)
-            result.differences.append(_describe(name, where, a, b))
-    result.missing = [name for name in expected if name not in found]
-    result.extra = [name for name in found if name not in expected]
+            where = ", ".join(readers.get(theirs, ["nothing"])[:3]) + _folded(theirs, expected)
+            result.differences.append(_describe(theirs, where, a, b))
+    paired = [{pair[i] for pair in pairs} for i in (0, 1)]
+    result.extra = [name for name in found if name not in paired[0]]
+    result.missing = [name for name in expected if name not in paired[1]]
     return result
 
 
 def structure_difference(model: onnx.ModelProto, reference: onnx.ModelProto) -> Optional[str]:
-    """The first node, input or output that is another in the reference; None if all are equal."""
+    """The first node, input or output that is another in the reference; None if all are equal.
+
+    Names of initializers do not count.
+    """
     for kind in ("input", "output"):
         pair = [getattr(x.graph, kind) for x in (model, reference)]
         if [v.SerializeToString() for v in pair[0]] != [v.SerializeToString() for v in pair[1]]:
             return f"the graph's {kind}s are not the reference's"
     nodes, others = model.graph.node, reference.graph.node
+    held = [_initializers(x).keys() for x in (model, reference)]
     for i, (node, other) in enumerate(zip(nodes, others)):
         if (node.op_type, node.domain) != (other.op_type, other.domain):
             return f"node {i} is {_title(node)}, not {_title(other)}"
-        if (node.input, node.output) != (other.input, other.output):
+        reads = [[None if n in h else n for n in x.input] for x, h in zip((node, other), held)]
+        if reads[0] != reads[1] or node.output != other.output:
             return f"node {i}, {_title(node)}, reads or makes other tensors"
-        a, b = ({x.name: x for x in y.attribute} for y in (node, other))
-        for name in sorted(a.keys() | b.keys()):
-            if a.get(name) != b.get(name):
-                values = [
-                    onnx.helper.get_attribute_value(x[name]) if name in x else "absent"
-                    for x in (a, b)
-                ]
-                return f"node {i}, {_title(node)}: {name} is {values[0]}, not {values[1]}"
+        changed = _attribute_difference(node, other)
+        if changed:
+            return f"node {i}, {_title(node)}: {changed}"
     if len(nodes) != len(others):
         return f"{len(nodes)} nodes, not {len(others)}"
     return None
+
+
+def _attribute_difference(node: onnx.NodeProto, other: onnx.NodeProto) -> Optional[str]:
+    a, b = ({x.name: x for x in y.attribute} for y in (node, other))
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name):
+            values = [
+                onnx.helper.get_attribute_value(x[name]) if name in x else "absent" for x in (a, b)
+            ]
+            return f"{name} is {values[0]}, not {values[1]}"
+    return None
+
+
+def _pairs_by_position(model, reference) -> List[Tuple[str, str]]:
+    """(initializer, the reference's) that are read in the same place, each pair once."""
+    found, expected = _initializers(model), _initializers(reference)
+    places = (
+        zip(node.input, other.input) for node, other in zip(model.graph.node, reference.graph.node)
+    )
+    pairs = ((a, b) for place in places for a, b in place if a in found and b in expected)
+    return list(dict.fromkeys(pairs))
+
+
+def _in_order(model: onnx.ModelProto) -> List[str]:
+    """Names of the initializers, first read first."""
+    held = _initializers(model)
+    read = (name for node in model.graph.node for name in node.input if name in held)
+    return list(dict.fromkeys([*read, *held]))
 
 
 def _initializers(model: onnx.ModelProto) -> Dict[str, onnx.TensorProto]:

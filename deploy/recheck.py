@@ -17,6 +17,8 @@ from deploy.graphs import exportable
 from deploy.half import half_model
 from deploy.inventory import take_inventory
 from deploy.load import Student
+from deploy.quantize import fold_batch_norms
+from deploy.quantized_weights import with_float_weights
 from deploy.spec import INPUT_NAMES, ModelSpec
 from deploy.verify_images import verification_batches
 
@@ -50,6 +52,8 @@ class Differences:
         """Lines for a person."""
         lines = [*self.notes, *self.found]
         if self.weights is not None:
+            equal, total = self.weights.equal + self.weights.rounded, self.weights.total
+            lines.insert(0, f"weights: {equal} of {total} initializers are the checkpoint's")
             lines += [f"  {x.text()}" for x in self.weights.differences[:_SHOWN]]
             more = len(self.weights.differences) - _SHOWN
             lines += [f"  and {more} more"] if more > 0 else []
@@ -79,6 +83,8 @@ def read_graph(path) -> Graph:
         raise UserError(f"cannot read model {path}: {error.strerror}") from error
     except DecodeError as error:
         raise UserError(f"{path} is no ONNX model, or damaged: {error}") from error
+    if any(tensor.external_data for tensor in model.graph.initializer):
+        raise UserError(f"{path} keeps weights in other files, which deploy/export.py never does")
     try:
         spec = ModelSpec.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     except UserError as error:
@@ -95,7 +101,7 @@ def make_reference(graph: Graph, student: Student) -> Reference:
     spec, detector = graph.spec, exportable(student.model)
     size = None if spec.dynamic == "image" else (spec.height, spec.width)
     made = make_spec(student, detector, size, spec.dynamic, spec.input_dtype)
-    made = replace(made, opset=spec.opset)
+    made = replace(made, opset=spec.opset, target=spec.target)
     single = model = to_onnx(detector, made)
     if spec.precision == "fp16":
         half = replace(made, precision="fp16")
@@ -112,21 +118,36 @@ def compare_graph(graph: Graph, reference: Reference, student: Student) -> Diffe
     made, reference, result = reference.spec, reference.model, Differences()
     result.found += _sidecar(graph) + _contract(graph.spec, made)
     result.comparable = _same_predictions(graph, reference, made)
-    if graph.spec.precision == "int8":
+    if graph.spec.precision == "int8":  # its nodes and ranges depend on images and recipe
+        reference = fold_batch_norms(reference)
+        floats = with_float_weights(graph.model, reference)
+        result.weights = compare_initializers(floats, reference)
+        result.found += _weights(result.weights)
         return result
     structure = structure_difference(graph.model, reference)
-    weights = result.weights = compare_initializers(graph.model, reference)
-    if structure and _same_exporter(graph.spec, made):
-        result.found.append(f"another structure: {structure}")
-    elif structure:
+    weights = compare_initializers(graph.model, reference, by_position=not structure)
+    result.weights = weights
+    if structure and not _same_exporter(graph.spec, made):
         result.notes.append(f"by another version of the exporter; its structure: {structure}")
         _keep_named(weights)
     result.found += _weights(weights) + _foreign(graph, student)
+    if structure and _same_exporter(graph.spec, made):
+        result.found.append(f"another structure: {structure}")
     if result.found and result.comparable:
-        feed = dict(zip(INPUT_NAMES, verification_batches(graph.spec)[0]))
         exact = not weights.rounded and not structure
-        result.divergence = first_divergence(graph.model, reference, feed, exact)
+        result.divergence = _divergence(graph, reference, exact)
     return result
+
+
+def _divergence(graph: Graph, reference: onnx.ModelProto, exact: bool) -> Optional[Divergence]:
+    """Of the first drawn batch that shows any, of one image and a ragged one."""
+    batches = verification_batches(graph.spec)
+    for batch in (batches[0], batches[-1]):
+        feed = dict(zip(INPUT_NAMES, batch))
+        found = first_divergence(graph.model, reference, feed, exact)
+        if found is not None:
+            return found
+    return None
 
 
 def _sidecar(graph: Graph) -> List[str]:
@@ -195,13 +216,12 @@ def _keep_named(weights: Comparison) -> None:
 
 
 def _weights(weights: Comparison) -> List[str]:
-    found = []
-    count = len(weights.differences)
+    found, count = [], len(weights.differences)
     if weights.other_weights:
         found.append(f"different weights: {count} of {weights.total} initializers differ")
     elif count:
         verb = "initializer differs" if count == 1 else "initializers differ"
-        found.append(f"{count} {verb}, {weights.total - count} are the checkpoint's")
+        found.append(f"{count} {verb} from the checkpoint's: {weights.differences[0].name}")
     for names, text in (
         (weights.missing, "not in the graph"),
         (weights.extra, "in the graph, but not the checkpoint's"),

@@ -20,6 +20,7 @@ from deploy.recheck import (
     make_reference,
     read_graph,
 )
+from deploy.spec import ModelSpec
 from deploy.verification import verify
 from deploy.verify_images import read_images
 from deploy.verify_report import VerifyReport
@@ -63,7 +64,7 @@ def recheck(
         raise UserError(f"{onnx_path} is int8: what that costs is seen in AP; give --dataset")
     if spec.precision == "fp32" and dataset:
         raise UserError(f"{onnx_path} is float32: --dataset is for what a precision costs")
-    student = load_student(checkpoint, config_file, spec.score_threshold, spec.proposals or None)
+    student = _load_as(spec, checkpoint, config_file)
     pixels = read_images(images, spec) if images else None
     data = load_dataset(*dataset) if dataset else None
     print(_heading(graph, student, checkpoint))
@@ -74,6 +75,16 @@ def recheck(
         report = _judge(graph, student, pixels, loss, max_ap_drop)
         print(report.table())
     return differences, report
+
+
+def _load_as(spec: ModelSpec, checkpoint, config_file: Optional[str]) -> Student:
+    """The student with the options that the graph was exported with, where it has them."""
+    student = load_student(checkpoint, config_file, spec.score_threshold)
+    cfg = student.cfg.MODEL
+    if cfg.META_ARCHITECTURE == spec.architecture and spec.proposals:
+        if cfg.RPN.POST_NMS_TOPK_TEST != spec.proposals:
+            return load_student(checkpoint, config_file, spec.score_threshold, spec.proposals)
+    return student
 
 
 def _heading(graph: Graph, student: Student, checkpoint) -> str:

@@ -98,3 +98,14 @@ def test_nodes_attributes_and_signature():
     other = graph()
     other.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
     assert structure_difference(other, graph()) == "the graph's outputs are not the reference's"
+
+
+def test_equal_tensors_that_are_stored_once_are_compared_where_they_are_read():
+    shared = graph(WEIGHT, np.ones(3, np.float32))
+    shared.graph.node[0].input[2] = "ones"
+    shared.graph.initializer[1].name = "ones"
+    other = graph(WEIGHT, np.full(3, 2, np.float32))
+    assert structure_difference(shared, other) is None
+    found = compare_initializers(shared, other, by_position=True)
+    assert [x.name for x in found.differences] == ["w_bias"] and found.equal == 1
+    assert found.missing == found.extra == []

@@ -1,0 +1,120 @@
+"""The command, as typed: what it prints, and its exit codes."""
+
+import hashlib
+import json
+
+import onnx
+import pytest
+import torch
+
+import deploy.verify
+from deploy.recheck import Reference
+from deploy.verify import main
+from tests.deploy.test_verification import change
+
+
+@pytest.fixture
+def converted(exported, monkeypatch):
+    """Spares the conversion: the reference is the session's graph."""
+
+    def reference(graph, student):
+        model = onnx.load(exported("RetinaNet").path)
+        return Reference(exported("RetinaNet").spec, model, model)
+
+    monkeypatch.setattr(deploy.verify, "make_reference", reference)
+
+
+def test_a_graph_equals_the_checkpoint_it_was_made_from(dynamic_retinanet, capsys):
+    """Any canvas, uint8, batch norms per level; converted again, nothing spared."""
+    assert main([str(dynamic_retinanet.path), str(dynamic_retinanet.checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert "the one it was made from" in out and "box error (pixels)" in out
+    assert "equal: the graph gives Detectron2's detections" in out
+    total = len(onnx.load(dynamic_retinanet.path).graph.initializer)
+    assert f"weights: {total} of {total} initializers are the checkpoint's" in out
+
+
+def test_one_percent_is_caught_and_located(exported, converted, tmp_path, capsys):
+    made, name = exported("RetinaNet"), "student.head.cls_score.weight"
+    model = onnx.load(made.path)
+    change(model, name, lambda weight: weight * 1.01)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert main([str(tmp_path / "model.onnx"), str(made.checkpoint)]) == 4
+    out, error = capsys.readouterr()
+    assert error.endswith(f"1 initializer differs from the checkpoint's: {name}\n")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "the graph differs: over the gate" in out  # the detections show it too
+    assert f"{name}, read by Conv " in out and "times 1.01" in out
+    assert "first diverging tensor: raw.logits.p3, made by Conv " in out
+
+
+def test_a_change_too_small_for_the_detections_is_caught(exported, converted, tmp_path, capsys):
+    """One value by a hundred thousandth: the table passes, the weights do not."""
+    made, name = exported("RetinaNet"), "student.head.bbox_subnet.0.weight"
+    model = onnx.load(made.path)
+
+    def nudge(weight):
+        weight[0, 0, 0, 0] *= 1.00001
+        return weight
+
+    change(model, name, nudge)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert main([str(tmp_path / "model.onnx"), str(made.checkpoint)]) == 4
+    out, error = capsys.readouterr()
+    assert error.endswith(f"{name}\n") and "1 of 2,304 values differ" in out
+    assert "FAIL" not in out
+
+
+def test_a_sidecar_of_another_file_is_told_beside_the_rest(exported, converted, tmp_path, capsys):
+    made = exported("RetinaNet")
+    (tmp_path / "model.onnx").write_bytes(made.path.read_bytes())
+    values = json.loads((made.folder / "model.json").read_text())
+    values["hashes"]["graph_sha256"] = hashlib.sha256(b"").hexdigest()
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    assert main([str(tmp_path / "model.onnx"), str(made.checkpoint)]) == 4
+    out, error = capsys.readouterr()
+    assert "model.json belongs to another file" in error and "equal: the graph gives" in out
+
+
+def test_another_seed_is_called_different_weights(dynamic_retinanet, tmp_path, capsys):
+    """The same student, trained otherwise."""
+    content = torch.load(dynamic_retinanet.checkpoint, weights_only=True)
+    torch.manual_seed(1)
+    for name, value in content["model"].items():
+        if name.endswith(("weight", "bias")):
+            value.mul_(1 + 0.05 * torch.randn_like(value))
+    torch.save(content, tmp_path / "other.pth")
+    assert main([str(dynamic_retinanet.path), str(tmp_path / "other.pth")]) == 4
+    out, error = capsys.readouterr()
+    assert "different weights: " in error and "initializers differ" in error
+    assert "it was made from " in out and "first diverging tensor: " in out
+
+
+@pytest.mark.parametrize(
+    "model,checkpoint,options,message",
+    [
+        ("nothing.onnx", "student.pth", "", "cannot read model"),
+        ("text.onnx", "student.pth", "", "is no ONNX model"),
+        ("model.onnx", "nothing.pth", "", "no such checkpoint"),
+        ("model.onnx", "text.onnx", "", "not a PyTorch file"),
+        ("model.onnx", "student.pth", "--images nowhere", "nowhere"),
+        ("model.onnx", "student.pth", "--config-file no.yaml", "no.yaml"),
+        ("model.onnx", "student.pth", "--dataset test.json", "--dataset is for what a precision"),
+        ("int8.onnx", "student.pth", "", "give --dataset"),
+    ],
+)
+def test_bad_input_ends_with_one_line(
+    model, checkpoint, options, message, exported, tmp_path, capsys
+):
+    made = exported("RetinaNet")
+    graph = onnx.load(made.path)
+    onnx.save(graph, tmp_path / "model.onnx")
+    (precision,) = [entry for entry in graph.metadata_props if entry.key == "precision"]
+    precision.value = "int8"
+    onnx.save(graph, tmp_path / "int8.onnx")
+    (tmp_path / "student.pth").write_bytes(made.checkpoint.read_bytes())
+    (tmp_path / "text.onnx").write_text("no model")
+    paths = [str(tmp_path / model), str(tmp_path / checkpoint)]
+    assert main([*paths, *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
