@@ -1,6 +1,11 @@
 """Files appear whole or not at all."""
 
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
 
 import pytest
 
@@ -36,3 +41,24 @@ def test_nan_and_impossible_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot make folder .*file"):
         write_json(tmp_path / "file" / "x.json", {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def _write_forever(path, started):
+    for i in range(10**6):
+        write_atomically(path, bytes([i % 256]) * 2**22)
+        started.set()
+
+
+def test_killed_at_any_moment_the_file_is_whole(tmp_path):
+    """SIGKILL in a loop that does nothing but write: with a plain write most of these are lost."""
+    path, context = tmp_path / "model.onnx", multiprocessing.get_context("fork")
+    for seed in range(6):
+        started = context.Event()
+        process = context.Process(target=_write_forever, args=(path, started))
+        process.start()
+        assert started.wait(30)
+        time.sleep(random.Random(seed).uniform(0, 0.03))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        content = path.read_bytes()
+        assert len(content) == 2**22 and content == content[:1] * 2**22

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from deploy.verification import verify
 from deploy.verify_images import draw_scene
-from tests.deploy.conftest import ARCHITECTURES, CANVAS
+from tests.deploy.conftest import ARCHITECTURES
 
 
 def change(model, name, function):
@@ -93,14 +93,16 @@ def test_every_planted_fault_fails(arch, fault, exported, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_exported_graph_passes_with_room_to_spare(arch, exported):
+    """On 20 more images of as many sizes."""
     made = exported(arch)
-    images = [draw_scene(np.random.default_rng(9), CANVAS)]
+    sizes = [(96 - 3 * i, 128 - 5 * (i * 7 % 20)) for i in range(20)]
+    images = [draw_scene(np.random.default_rng(i), size) for i, size in enumerate(sizes)]
     report = verify(made.model, made.path, made.spec, images)
     tally = report.tally
     assert report.passed and tally.thresholds == [0.05, pytest.approx(0.005)]
     assert tally.matched == tally.expected > 1.5 * report.at_threshold > 200
     assert tally.box_error < 2e-3 and tally.score_error < 5e-5
-    assert report.images >= 9 and not report.broken and not report.warnings
+    assert report.images >= 40 and not report.broken and not report.warnings
     assert "FAIL" not in report.table() and "equal" in report.table()
 
 
