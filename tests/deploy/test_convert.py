@@ -13,6 +13,7 @@ def test_raw_predictions_are_inner_values_until_exposed(exported):
     exposed = expose_raw(model)
     raw = [v.name for v in exposed.graph.output][4:]
     assert raw == [
+        *(f"{RAW}features.p{i}" for i in range(2, 7)),
         *(f"{RAW}objectness.p{i}" for i in range(2, 7)),
         *(f"{RAW}rpn_deltas.p{i}" for i in range(2, 7)),
         f"{RAW}rois",
