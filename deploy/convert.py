@@ -22,6 +22,7 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     """Trace the detector and return the finished model, metadata included.
 
     The raw predictions of `detector.network` keep names of their own ("raw.…") inside the graph.
+    `detector.static` is set as the spec's target wants it.
 
     Raises:
         ParityError: the backbone or a head uses an operator that has no ONNX translation.
