@@ -11,7 +11,7 @@ import numpy as np
 # Rows that enter one suppression matrix: it takes ROWS**2 float32, 16.8 MB per image. Also under
 # the 3840 that TensorRT's TopK sorts at most.
 ROWS = 2048
-ROUNDS = 12  # 3 to 7 were needed on drawn and real images
+ROUNDS = 12  # 3 to 8 were needed on drawn and real images
 # Value inside the graph: 1 for rows kept after a round, 0 for the others, (B, rows, 1); before the
 # first round valid rows are. "raw." makes it readable from outside.
 ROUND = "raw.nms.{}.round{:02d}"
