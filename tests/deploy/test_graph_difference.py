@@ -63,6 +63,10 @@ def test_rounding_is_no_difference_but_a_little_more_is():
     for factor, rounded in ((1 + 1e-6, 1), (1 + 3e-6, 0)):
         found = compare_initializers(graph((WEIGHT * factor).astype(np.float32)), graph())
         assert (found.rounded, len(found.differences)) == (rounded, 1 - rounded)
+    half = WEIGHT.astype(np.float16)
+    for other, rounded in ((np.nextafter(half, np.float16(9)), 1), (half * np.float16(1.01), 0)):
+        found = compare_initializers(graph(other), graph(half))
+        assert (found.rounded, len(found.differences)) == (rounded, 1 - rounded)
     # the bias from a folded batch norm may have lost digits by cancellation
     bias = np.array([1, 1e-3, 0], np.float32)
     found = compare_initializers(graph(bias=bias + np.float32(1e-6)), graph(bias=bias))
