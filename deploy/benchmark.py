@@ -92,12 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """UserError for a number that makes no sense."""
+    """UserError for a number that makes no sense, or a file that is not there."""
     smallest = {"--repeats": args.repeats, "--threads": args.threads, "--warmup": args.warmup + 1}
     smallest["--batch-sizes"] = min(args.batch_sizes)
     for option, value in smallest.items():
         if value < 1:
             raise UserError(f"{option} is too small")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        raise UserError(f"--checkpoint {args.checkpoint}: no such file")
 
 
 def _main(argv: Optional[Sequence[str]]) -> int:
