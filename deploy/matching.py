@@ -4,7 +4,7 @@ Never row by row: rows whose scores differ by rounding alone may swap places.
 """
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,11 +25,12 @@ class Found(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """Where a detector draws its lines."""
+    """Where a detector draws its lines; `cuts` are `ExportableDetector.cut_scores` of the image."""
 
     score_threshold: float
     nms_threshold: float
     max_detections: int
+    cuts: Sequence[float] = ()
 
 
 @dataclass
@@ -66,11 +67,14 @@ def near_decision(row: int, own: Found, other: Found, lines: Decisions) -> bool:
     """Whether rounding may explain that `own[row]` is missing from `other`.
 
     True within `MARGIN` of the score threshold, of the last score of a full list, or of the IoU at
-    which a better detection of its class, in either list, suppresses it. Also when the other list
-    has one of the same class and score that it overlaps so much that NMS keeps either: which one
-    is a matter of the order of equal scores, and Detectron2's sort does not define that.
+    which a better detection of its class, in either list, suppresses it. Also where the order of
+    equal scores decides, which Detectron2's sort does not define: when a level's candidates were
+    cut among that score, or the other list has a detection of the same class and score that it
+    overlaps so much that NMS keeps either.
     """
     box, score, label = own.boxes[row : row + 1], own.scores[row], own.labels[row]
+    if any(abs(score - cut) <= TIE for cut in lines.cuts):
+        return True
     limits = [lines.score_threshold]
     limits += [x.scores[-1] for x in (own, other) if len(x.scores) == lines.max_detections]
     if np.abs(score - np.array(limits)).min() <= MARGIN:

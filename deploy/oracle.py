@@ -96,8 +96,12 @@ class RawJudge:
 
     def cut_images(self, raw: Dict[str, np.ndarray], num_dets: np.ndarray) -> int:
         """`ExportableDetector.cut_images` for arrays of the graph."""
-        tensors = {name[len(RAW) :]: torch.from_numpy(x) for name, x in raw.items()}
-        return self.single.cut_images(tensors, torch.from_numpy(num_dets))
+        return self.single.cut_images(as_tensors(raw), torch.from_numpy(num_dets))
+
+
+def as_tensors(raw: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
+    """A graph's raw predictions under the names that `ExportableDetector.network` gives them."""
+    return {name[len(RAW) :]: torch.from_numpy(values) for name, values in raw.items()}
 
 
 def _largest(x: np.ndarray) -> float:

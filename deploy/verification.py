@@ -12,10 +12,10 @@ from deploy.graph_under_test import (
     broken_target,
     detections,
 )
-from deploy.graphs import exportable_class
+from deploy.graphs import exportable, exportable_class
 from deploy.matching import Decisions
 from deploy.nms_rounds import Rounds
-from deploy.oracle import RawJudge, detectron2_detections, score_threshold
+from deploy.oracle import RawJudge, as_tensors, detectron2_detections, score_threshold
 from deploy.spec import ModelSpec
 from deploy.verify_images import Batch, verification_batches
 from deploy.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
@@ -71,11 +71,13 @@ def compare(
     if threshold != spec.score_threshold:
         graph = graph.with_threshold(threshold)
     tally.thresholds.append(threshold)
-    lines = Decisions(threshold, spec.nms_threshold, spec.max_detections)
+    detector = exportable(model)
     with score_threshold(model, exportable_class(model).threshold_path, threshold):
         for batch in batches:
-            outputs, _ = graph.run(batch)
+            outputs, raw = graph.run(batch)
+            cuts = detector.cut_scores(as_tensors(raw))
             for i, expected in enumerate(detectron2_detections(model, batch)):
+                lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
                 tally.add(expected, detections(outputs, i), lines)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Iterable, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ class ExportableDetector(nn.Module):
         sums = [values.reshape(images.shape[0], -1).sum(dim=1) for values in judged]
         finite = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
         return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner.values())
+
+    def cut_scores(self, raw: Dict[str, Tensor]) -> List[List[float]]:
+        """Per image the scores at which candidates were cut although the next one's is as high.
+
+        Which of them go on is then a matter of the order of equal scores, as in an image on which
+        a thousand confident ones saturate at exactly 1.
+        """
+        return [[] for _ in range(next(iter(raw.values())).shape[0])]
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """In how many images a fixed limit inside the graph may have cut off detections."""

@@ -1,6 +1,6 @@
 """RetinaNet as a graph."""
 
-from typing import Dict
+from typing import Dict, List
 
 import torch
 from detectron2.layers import CycleBatchNormList
@@ -18,6 +18,7 @@ from deploy.graphs.common import (
     require,
     take,
 )
+from deploy.matching import TIE
 from deploy.ops import INVALID, select_nms
 
 
@@ -84,6 +85,17 @@ class ExportableRetinaNet(ExportableDetector):
             anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
         )
         return take(dense(deltas, 4), anchor), anchors, best, pair - anchor * self.num_classes
+
+    def cut_scores(self, raw: Dict[str, Tensor]) -> List[List[float]]:
+        """See `ExportableDetector`: where a level has more pairs than its `topk`."""
+        cuts = super().cut_scores(raw)
+        for i in range(len(self.levels)):
+            ranked = self._ranked(i, raw)
+            if ranked.shape[1] > self.topk:
+                kept, dropped = self._scores(ranked.topk(self.topk + 1).values)[:, -2:].unbind(1)
+                for image in (kept - dropped <= TIE).nonzero()[:, 0].tolist():
+                    cuts[image].append(kept[image].item())
+        return cuts
 
     def _ranked(self, i: int, raw: Dict[str, Tensor]) -> Tensor:
         """(B, H * W * A * classes) what decides about a level's best pairs: logits."""

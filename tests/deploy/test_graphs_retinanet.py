@@ -36,6 +36,24 @@ def test_small_topk_and_few_detections_are_detectron2s():
     assert_equal_detections(outputs[:4], detectron2_outputs(model, images, [CANVAS] * 2))
 
 
+def test_cut_scores_are_where_equal_candidates_are_cut():
+    """Saturated logits are one score; a level with as many candidates as it keeps cuts nothing."""
+    cfg = toy_cfg("RetinaNet")
+    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 3
+    detector = exportable(conditioned(cfg))
+    raw = {
+        f"logits.{level}": torch.zeros(2, detector.num_classes, 1, 1) for level in detector.levels
+    }
+    tied, apart = torch.tensor([40.0, 30, 20, 19]), torch.tensor([40.0, 3, 2, 1])
+    raw[f"logits.{detector.levels[0]}"] = torch.stack([tied, apart])[:, None, None].expand(
+        2, detector.num_classes, 1, 4
+    )
+    cuts = detector.cut_scores(raw)
+    assert cuts[0] == [1.0]
+    # the fourth best of (40, 40, ..., 3, ...) is 40 or 3, by the number of classes
+    assert cuts[1] == ([1.0] if detector.num_classes > 3 else [])
+
+
 def test_level_batch_norm_is_the_cycle_in_eval_mode():
     cycle = CycleBatchNormList(length=2, num_features=4).eval()
     for norm in cycle:

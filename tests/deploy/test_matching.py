@@ -85,3 +85,9 @@ def test_without_an_excused_cause_nothing_follows():
     expected, actual = found((0, 0.9, 1), (3, 0.8, 1)), found((60, 0.7, 1))
     matching = match_detections(expected, actual)
     assert [excused for _, _, excused in excuse(matching, expected, actual, LINES)] == [False] * 3
+
+
+@pytest.mark.parametrize("cut, excused", [(1.0, True), (0.9, False), (1 - 5e-7, True)])
+def test_what_was_cut_among_equal_scores_is_undecided(cut, excused):
+    confident, nothing = found((0, 1.0, 1)), found()
+    assert near_decision(0, confident, nothing, LINES._replace(cuts=[0.2, cut])) == excused
