@@ -121,7 +121,7 @@ def _read(s: Tensor, t: Tensor, masks, cell_weights, temperature: float, scratch
         *(by_channel(squares, shares[2] * weights) for weights in cell_weights),
     ]
     centred = error.sub_((totals[2] / s.shape[2])[:, :, None])
-    squared = by_channel(centred.square_(), all_cells)
+    squared = torch.linalg.vector_norm(centred, dim=2).square_()
     masses = shares.sum(dim=2)
     return _Run(
         torch.stack(cells), torch.stack(totals), squared, peaks, masses, torch.stack(weighted)
@@ -214,16 +214,16 @@ def _write(out, s: Tensor, t: Tensor, mask: Tensor, q: Tensor, here: Slopes, scr
         return x[:, None, :]
 
     total, factor = scratch.like(s, "first"), scratch.like(s, "second")
-    torch.addcmul(
-        here.error_all[:, None, None],
-        channels(here.error_channels),
-        cells(here.error_cells),
-        out=factor,
-    )
+    # addcmul with a vector as its first operand would be several times slower than these two.
+    torch.mul(channels(here.error_channels), cells(here.error_cells), out=factor)
+    factor.add_(here.error_all[:, None, None])
     torch.sub(s, t, out=total).mul_(factor)
     total.addcmul_(channels(here.student_context), cells(here.student_attention))
     total.addcmul_(channels(mask), cells(q))
     total.add_(channels(here.constant))
     torch.add(channels(here.sign_channels), cells(here.sign_cells), out=factor)
-    factor.mul_(torch.sign(s, out=scratch.like(s, "third")))
-    torch.add(total, factor, out=out) if out.dtype == total.dtype else out.copy_(total.add_(factor))
+    sign = torch.sign(s, out=scratch.like(s, "third"))
+    if out.dtype == total.dtype:
+        torch.addcmul(total, sign, factor, out=out)
+    else:
+        out.copy_(total.addcmul_(sign, factor))
