@@ -12,17 +12,17 @@ from typing import List, Optional, Sequence
 import numpy as np
 from PIL import Image
 
-from deploy.bench_page import html_page, markdown
-from deploy.bench_rows import BASELINES
-from deploy.bench_run import Settings, benchmark
 from deploy.coco_data import load_dataset
 from deploy.errors import UserError, run_main
 from deploy.files import write_atomically, write_json
 from deploy.predict import find_images
-from deploy.preprocess import load_image
 from deploy.runtime import OrtDetector
+from deploy.serving.preprocess import load_image
 from deploy.spec import ModelSpec
-from deploy.timing import available_cores
+from deploy.speed.bench_page import html_page, markdown
+from deploy.speed.bench_rows import BASELINES
+from deploy.speed.bench_run import Settings, benchmark
+from deploy.speed.timing import available_cores
 
 _EXAMPLES = """examples:
   python deploy/benchmark.py model_final_onnx/model.onnx

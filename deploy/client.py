@@ -18,9 +18,9 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from deploy.detector import Detector
 from deploy.errors import UserError
-from deploy.preprocess import MAX_PIXELS
+from deploy.serving.detector import Detector
+from deploy.serving.preprocess import MAX_PIXELS
 from deploy.spec import INPUT_NAMES, ModelSpec
 
 _URL = re.compile(r"https?://[^/]+(/.*)?/v2/models/[^/]+(/versions/\d+)?")

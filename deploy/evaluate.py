@@ -14,9 +14,9 @@ from deploy.coco_ap import METRICS, Result, coco_metrics
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
-from deploy.paste import encode_rle
 from deploy.predict import SHRUNK, show_progress
 from deploy.runtime import OrtDetector
+from deploy.serving.paste import encode_rle
 from deploy.spec import ModelSpec
 
 MAX_AP_DIFFERENCE = 0.05  # points of AP, of 100
@@ -66,13 +66,15 @@ def has_mask_ap(spec: ModelSpec, data: CocoData) -> bool:
 
 
 def load_eager(checkpoint, spec: ModelSpec):
-    """The checkpoint's student as a `deploy.eager.EagerDetector` with the graph's threshold and
-    number of proposals.
+    """The checkpoint's student as an `EagerDetector` with the graph's threshold
+    and number of proposals.
 
     Raises:
         UserError: no checkpoint of ours, or its classes are not the spec's.
     """
-    from deploy.eager import EagerDetector  # PyTorch and Detectron2, only where they are asked for
+    from deploy.speed.eager import (
+        EagerDetector,  # PyTorch and Detectron2, only where they are asked for
+    )
 
     eager = EagerDetector(checkpoint, spec.score_threshold, proposals=spec.proposals)
     if eager.classes != spec.classes:

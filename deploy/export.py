@@ -13,23 +13,23 @@ from typing import Dict, Optional, Sequence, Tuple
 
 import onnx
 
-from deploy.convert import OPSET, to_onnx
+from deploy.checks.inventory import take_inventory
+from deploy.checks.receipt import chain, environment
+from deploy.checks.verification import verify
+from deploy.checks.verify_images import read_images
+from deploy.checks.verify_report import VerifyReport
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
-from deploy.inventory import take_inventory
+from deploy.graphs.convert import OPSET, to_onnx
+from deploy.graphs.trt_build import build_text, describe_build
 from deploy.load import Student, load_student
-from deploy.precision import FILES as REDUCED_FILES
-from deploy.precision import PRECISIONS, Reduction, add_precision, require_all_passed
-from deploy.quantize import RECIPES
-from deploy.receipt import chain, environment
+from deploy.reduced.precision import FILES as REDUCED_FILES
+from deploy.reduced.precision import PRECISIONS, Reduction, add_precision, require_all_passed
+from deploy.reduced.quantize import RECIPES
 from deploy.spec import ModelSpec
-from deploy.trt_build import build_text, describe_build
 from deploy.trt_lint import notes
-from deploy.verification import verify
-from deploy.verify_images import read_images
-from deploy.verify_report import VerifyReport
 
 _EXAMPLES = """examples:
   python deploy/export.py output/model_final.pth

@@ -11,9 +11,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from deploy.checks.receipt import origin_of
 from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
-from deploy.receipt import origin_of
 from fgd.config import load_config, load_config_text, student_config
 from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.weights import load_complete, read_weights

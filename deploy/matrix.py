@@ -18,8 +18,8 @@ import torch
 from deploy.errors import ParityError, UserError, run_main
 from deploy.export import export
 from deploy.files import make_folder, write_atomically, write_json
-from deploy.precision import Reduction
-from deploy.tiny import CLASSES, TINY, conditioned, tiny_cfg, write_scenes
+from deploy.graphs.tiny import CLASSES, TINY, conditioned, tiny_cfg, write_scenes
+from deploy.reduced.precision import Reduction
 
 # Points of AP that int8 may lose here: the default of the export command is for trained weights.
 # Untrained ones tell boxes apart by less, so rounding changes more of what NMS keeps.
@@ -59,7 +59,7 @@ def make_matrix(output, architectures: Sequence[str], columns: Sequence[str]) ->
 
     Args:
         output: folder; each cell gets a folder of its own in it.
-        architectures: names of `deploy.tiny.TINY`.  columns: names of `COLUMNS`.
+        architectures: names of `deploy.graphs.tiny.TINY`.  columns: names of `COLUMNS`.
     Returns:
         What matrix.json holds: "versions", "columns", and "rows" {architecture: {column: cell}}
         (see `make_cell`).

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from deploy.client import TritonDetector, is_url
-from deploy.coco_results import CocoIds
-from deploy.detector import Detections, Detector
-from deploy.draw import draw_detections
 from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
-from deploy.journal import Journal
-from deploy.paste import encode_rle
-from deploy.preprocess import MAX_PIXELS, find_images
+from deploy.serving.coco_results import CocoIds
+from deploy.serving.detector import Detections, Detector
+from deploy.serving.draw import draw_detections
+from deploy.serving.journal import Journal
+from deploy.serving.paste import encode_rle
+from deploy.serving.preprocess import MAX_PIXELS, find_images
 
 _EXAMPLES = """examples:
   python deploy/predict.py model_final_onnx/model.onnx photos/ --output found

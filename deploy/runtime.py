@@ -7,9 +7,9 @@ from typing import Dict, Optional, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from deploy.detector import Detector
 from deploy.errors import UserError
-from deploy.preprocess import MAX_PIXELS
+from deploy.serving.detector import Detector
+from deploy.serving.preprocess import MAX_PIXELS
 from deploy.spec import INPUT_NAMES, ModelSpec
 
 _PROVIDERS = {

@@ -1,4 +1,4 @@
-"""Command: an exported graph -> model of an NVIDIA Triton repository; see `triton_repository.py`.
+"""Command: exported graph -> NVIDIA Triton model repository; see serving/triton_repository.py.
 
 This file only starts it, because it bears the name of the `triton` package, a compiler that PyTorch
 imports. `python deploy/export.py` puts this folder first on the path of imports, so that import
@@ -16,6 +16,6 @@ if __name__ == "triton":
     importlib.import_module("triton")  # what `import triton` returns is then in sys.modules
 
 if __name__ == "__main__":
-    from deploy.triton_repository import main
+    from deploy.serving.triton_repository import main
 
     raise SystemExit(main())

@@ -200,7 +200,7 @@ def _name(node: onnx.NodeProto) -> str:
     return node.name or (f"the node that makes {node.output[0]}" if node.output else node.op_type)
 
 
-def _run(argv: Optional[Sequence[str]]) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.trt_lint",
         description=__doc__,
@@ -209,7 +209,11 @@ def _run(argv: Optional[Sequence[str]]) -> int:
     )
     parser.add_argument("model", help="an .onnx file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _run(argv: Optional[Sequence[str]]) -> int:
+    args = build_parser().parse_args(argv)
     try:
         model = onnx.load(args.model)
     except Exception as error:  # onnx has no class of its own for a damaged file

@@ -8,11 +8,7 @@ from typing import Optional, Sequence, Tuple
 
 import onnx
 
-from deploy.coco_data import CocoData, load_dataset
-from deploy.errors import ParityError, UserError, run_main
-from deploy.load import Student, load_student
-from deploy.precision_gates import ApLoss, average_precision, verify_reduced
-from deploy.recheck import (
+from deploy.checks.recheck import (
     Differences,
     Graph,
     Reference,
@@ -20,10 +16,14 @@ from deploy.recheck import (
     make_reference,
     read_graph,
 )
+from deploy.checks.verification import verify
+from deploy.checks.verify_images import read_images
+from deploy.checks.verify_report import VerifyReport
+from deploy.coco_data import CocoData, load_dataset
+from deploy.errors import ParityError, UserError, run_main
+from deploy.load import Student, load_student
+from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
 from deploy.spec import ModelSpec
-from deploy.verification import verify
-from deploy.verify_images import read_images
-from deploy.verify_report import VerifyReport
 
 _EXAMPLES = """examples:
   python deploy/verify.py model_final_onnx/model.onnx model_final.pth

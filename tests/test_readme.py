@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import benchmark, evaluate, export, predict, triton_repository
+from deploy import benchmark, evaluate, export, matrix, predict, trt_lint, verify
+from deploy.serving import triton_repository
 from fgd import cli, study
 from fgd.bench import __main__ as bench
 
@@ -17,6 +18,9 @@ PARSERS = {
     "python -m fgd.study": study.build_parser,
     "python -m fgd.bench": bench.build_parser,
     "python deploy/export.py": export.build_parser,
+    "python deploy/verify.py": verify.build_parser,
+    "python -m deploy.matrix": matrix.build_parser,
+    "python -m deploy.trt_lint": trt_lint.build_parser,
     "python deploy/predict.py": predict.build_parser,
     "python deploy/evaluate.py": evaluate.build_parser,
     "python deploy/benchmark.py": benchmark.build_parser,

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from deploy.coco_data import CocoData, load_dataset
-from deploy.draw import draw_detections
-from deploy.eager import EagerDetector
-from deploy.preprocess import load_image
 from deploy.runtime import OrtDetector
+from deploy.serving.draw import draw_detections
+from deploy.serving.preprocess import load_image
+from deploy.speed.eager import EagerDetector
 from fgd.config import load_config
 from fgd.data.datasets import register_from_config
 from fgd.distiller import Distiller

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.errors import UserError
-from deploy.ops import INVALID
+from deploy.graphs.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
 
 FEATURES = "features."  # prefix of the backbone's outputs among what `network` returns
@@ -45,7 +45,7 @@ class ExportableDetector(nn.Module):
     selections: Tuple[str, ...] = ()
     mask_size = 0
     proposals = 0  # per image, of a detector with two stages
-    static = False  # to be exported with `deploy.static_ops`: nothing but its speed depends on it
+    static = False  # to be exported with `static_ops`: nothing but its speed depends on it
 
     def __init__(self, student: nn.Module):
         super().__init__()

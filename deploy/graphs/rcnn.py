@@ -21,8 +21,8 @@ from deploy.graphs.common import (
     take,
 )
 from deploy.graphs.masks import check_mask_head, mask_logits, mask_probabilities, mask_size
+from deploy.graphs.ops import INVALID, select_nms
 from deploy.graphs.regions import pool, propose
-from deploy.ops import INVALID, select_nms
 from deploy.spec import OUTPUT_NAMES
 
 MAX_CANDIDATES = 2048  # (proposal, class) pairs per image that enter the last NMS

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deploy.graphs.common import anchors_at, clip, decode, dense, nonempty, take
-from deploy.ops import INVALID, IS_VALID, pyramid_roi_align, select_nms
+from deploy.graphs.ops import INVALID, IS_VALID, pyramid_roi_align, select_nms
 
 
 def propose(
@@ -23,7 +23,7 @@ def propose(
         rpn: Detectron2's `RPN`.
         objectness: per level (B, A, H, W).  deltas: per level (B, A * 4, H, W).
         level_by_level: one NMS per level instead of one with levels as groups. The same result;
-            for `deploy.static_ops`, whose cost grows with the square of the boxes in one NMS.
+            for `static_ops`, whose cost grows with the square of the boxes in one NMS.
     Returns:
         (B, R, 4) proposals in descending order of objectness, then rows of zeros. R is the config's
         number, or that of all candidates where it is known and smaller.

@@ -8,6 +8,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+from deploy.checks.matching import TIE
 from deploy.graphs.common import (
     ExportableDetector,
     anchors_at,
@@ -18,8 +19,7 @@ from deploy.graphs.common import (
     require,
     take,
 )
-from deploy.matching import TIE
-from deploy.ops import INVALID, select_nms
+from deploy.graphs.ops import INVALID, select_nms
 
 
 class ExportableRetinaNet(ExportableDetector):

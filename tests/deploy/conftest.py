@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from deploy.checks.matching import Found, match_detections
 from deploy.export import main
 from deploy.graphs import exportable
-from deploy.matching import Found, match_detections
+from deploy.graphs.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  # noqa: F401  tests do
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  # noqa: F401  tests do
 from tests.conftest import make_tiny_cfg
 
 SIZES = [CANVAS, (96, 70), (50, 128)]  # of a ragged batch
@@ -134,7 +134,7 @@ def exported(export_tiny):
 
 @pytest.fixture(scope="session")
 def tiny(export_tiny):
-    """Name in `deploy.tiny.TINY` -> Exported with the default options."""
+    """Name in `deploy.graphs.tiny.TINY` -> Exported with the default options."""
     made = {}
 
     def get(name):

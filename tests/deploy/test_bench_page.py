@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from deploy.bench_page import Bar, html_page, markdown, plot, tables
+from deploy.speed.bench_page import Bar, html_page, markdown, plot, tables
 
 
 def row(name, kind, batch, p50, **changes):

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.bench_rows import GRAPH, Contender, binding_call, bound_call, short_names
 from deploy.errors import UserError
-from deploy.footprint import measure_alone
 from deploy.runtime import OrtDetector
+from deploy.speed.bench_rows import GRAPH, Contender, binding_call, bound_call, short_names
+from deploy.speed.footprint import measure_alone
 from tests.deploy.fake_graph import fake_spec, write_fake_graph
 
 

@@ -8,10 +8,11 @@ import onnx
 import pytest
 from PIL import Image
 
-from deploy import baselines, benchmark
-from deploy.bench_rows import BASELINES, COMPILE, EAGER, GRAPH, LEGACY, SCRIPT
+from deploy import benchmark
 from deploy.runtime import OrtDetector
-from deploy.subgraph import network_only
+from deploy.speed import baselines
+from deploy.speed.bench_rows import BASELINES, COMPILE, EAGER, GRAPH, LEGACY, SCRIPT
+from deploy.speed.subgraph import network_only
 from tests.deploy.coco_files import write_dataset
 from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.fake_graph import fake_spec, write_fake_graph

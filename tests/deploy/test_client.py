@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from deploy import predict
+from deploy.checks.verify_images import draw_scene
 from deploy.client import TritonDetector, decode_response, encode_request, send
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector
-from deploy.triton_repository import main as write_repository
-from deploy.verify_images import draw_scene
+from deploy.serving.triton_repository import main as write_repository
 from tests.deploy.fake_graph import fake_spec, write_fake_graph
 from tests.deploy.triton_server import LENGTH, TritonStandIn, serve
 

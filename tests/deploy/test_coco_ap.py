@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from deploy.coco_ap import METRICS, coco_metrics
 from deploy.coco_data import load_dataset
-from deploy.paste import encode_rle
+from deploy.serving.paste import encode_rle
 from tests.deploy.coco_files import SIZES, write_dataset
 from tests.deploy.fake_graph import CLASSES, FRACTIONS
 

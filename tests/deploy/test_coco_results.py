@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from deploy import predict
-from deploy.coco_results import CocoIds
+from deploy.serving.coco_results import CocoIds
 from tests.deploy.coco_files import truth, write_dataset
 from tests.deploy.fake_graph import write_fake_graph
 

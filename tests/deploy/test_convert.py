@@ -2,8 +2,8 @@ import onnx
 import pytest
 import torch
 
-from deploy.convert import RAW, expose_raw, to_onnx
 from deploy.errors import ParityError
+from deploy.graphs.convert import RAW, expose_raw, to_onnx
 from tests.deploy.test_spec import _spec
 
 

@@ -8,12 +8,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from deploy.convert import to_onnx
+from deploy.checks.graph_difference import structure_difference
 from deploy.export import make_spec
-from deploy.graph_difference import structure_difference
 from deploy.graphs import exportable
+from deploy.graphs.convert import to_onnx
+from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student
-from deploy.tiny import CLASSES, tiny_cfg
 from fgd.checkpoint import TrainingCheckpointer, describe_run
 from fgd.weights import weights_sha256
 

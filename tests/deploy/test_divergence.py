@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.divergence import first_divergence
+from deploy.checks.divergence import first_divergence
 from deploy.errors import UserError
 
 FEED = {"x": np.linspace(-1, 1, 6, dtype=np.float32).reshape(1, 6)}

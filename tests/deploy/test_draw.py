@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deploy.draw import class_colour, draw_detections
+from deploy.serving.draw import class_colour, draw_detections
 
 CLASSES = ["circle", "square", "a class with a rather long name, longer than the picture is wide"]
 

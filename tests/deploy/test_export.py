@@ -12,12 +12,12 @@ from onnx import numpy_helper
 from PIL import Image
 
 import deploy.export
-from deploy.convert import to_onnx
+from deploy.checks.verify_images import draw_scene
 from deploy.export import main, make_spec
 from deploy.graphs import exportable
+from deploy.graphs.convert import to_onnx
 from deploy.load import load_student
 from deploy.spec import ModelSpec
-from deploy.verify_images import draw_scene
 from tests.deploy.conftest import (
     ARCHITECTURES,
     CANVAS,

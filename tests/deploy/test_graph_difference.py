@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy.graph_difference import compare_initializers, structure_difference
+from deploy.checks.graph_difference import compare_initializers, structure_difference
 
 WEIGHT, BIAS = np.arange(1, 7, dtype=np.float32).reshape(3, 2), np.zeros(3, np.float32)
 

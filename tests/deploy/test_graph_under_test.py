@@ -4,14 +4,14 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.errors import UserError
-from deploy.graph_under_test import (
+from deploy.checks.graph_under_test import (
     GraphUnderTest,
     broken_by_nan,
     broken_promises,
     detections,
 )
-from deploy.verify_images import Batch
+from deploy.checks.verify_images import Batch
+from deploy.errors import UserError
 from tests.deploy.conftest import scenes
 from tests.deploy.test_spec import _spec
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from deploy.checks.inventory import take_inventory
 from deploy.graphs import exportable
-from deploy.inventory import take_inventory
 from tests.deploy.conftest import ARCHITECTURES
 
 COUNTED = ("kept", "folded", "redundant", "unused")

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.errors import UserError
-from deploy.layers import check_precision, weighted_layers
+from deploy.reduced.layers import check_precision, weighted_layers
 
 
 def graph(nodes, weights):

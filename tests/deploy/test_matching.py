@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from deploy.matching import Decisions, Found, box_iou, excuse, match_detections, near_decision
+from deploy.checks.matching import (
+    Decisions,
+    Found,
+    box_iou,
+    excuse,
+    match_detections,
+    near_decision,
+)
 
 LINES = Decisions(score_threshold=0.05, nms_threshold=0.5, max_detections=4)
 

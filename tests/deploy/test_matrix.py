@@ -8,9 +8,9 @@ from detectron2.modeling import build_model
 
 import deploy.export
 from deploy import matrix
-from deploy.convert import to_onnx
 from deploy.graphs import EXPORTABLE, exportable_class
-from deploy.tiny import TINY, tiny_cfg
+from deploy.graphs.convert import to_onnx
+from deploy.graphs.tiny import TINY, tiny_cfg
 from tests.deploy.test_verification import change
 
 

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch.export import Dim
 
-from deploy.ops import INVALID, TRANSLATIONS, pyramid_roi_align, select_nms
+from deploy.graphs.ops import INVALID, TRANSLATIONS, pyramid_roi_align, select_nms
 
 NAN = float("nan")
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.convert import RAW
+from deploy.checks.oracle import RawJudge, detectron2_detections, score_threshold
+from deploy.checks.verify_images import Batch
 from deploy.graphs import exportable, rcnn
-from deploy.oracle import RawJudge, detectron2_detections, score_threshold
-from deploy.verify_images import Batch
+from deploy.graphs.convert import RAW
 from tests.deploy.conftest import conditioned, scenes, toy_cfg
 
 

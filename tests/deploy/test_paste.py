@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from deploy.paste import encode_rle, paste_mask
+from deploy.serving.paste import encode_rle, paste_mask
 
 SIZE = (60, 90)
 BOXES = [

@@ -11,19 +11,19 @@ from onnx import numpy_helper
 from PIL import Image
 
 import deploy.export
-import deploy.precision
+import deploy.reduced.precision
 from deploy.benchmark import main as benchmark
-from deploy.calibrate import MOST, calibration_files, describe
+from deploy.checks.verify_images import draw_scene
+from deploy.checks.verify_report import Gate, Tally
 from deploy.errors import UserError
 from deploy.evaluate import main as evaluate
 from deploy.export import main
-from deploy.precision import Reduction
-from deploy.precision_gates import ApLoss, _decide
-from deploy.quantize import int8_model
+from deploy.reduced.calibrate import MOST, calibration_files, describe
+from deploy.reduced.precision import Reduction
+from deploy.reduced.precision_gates import ApLoss, _decide
+from deploy.reduced.quantize import int8_model
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.verify_images import draw_scene
-from deploy.verify_report import Gate, Tally
 from tests.deploy.conftest import CANVAS, CLASSES
 
 
@@ -117,7 +117,7 @@ def damaged(model, spec, reader, recipe):
 
 
 def test_too_large_a_loss_is_refused(export, int8_options, monkeypatch, capsys):
-    monkeypatch.setattr(deploy.precision, "int8_model", damaged)
+    monkeypatch.setattr(deploy.reduced.precision, "int8_model", damaged)
     code, folder = export(*int8_options, "--max-ap-drop", "20")
     assert code == 4
     assert "AP loss (points)" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_too_large_a_loss_is_refused(export, int8_options, monkeypatch, capsys):
 
 
 def test_a_float32_file_labelled_int8_is_refused(export, int8_options, monkeypatch, capsys):
-    monkeypatch.setattr(deploy.precision, "int8_model", lambda model, *rest: model)
+    monkeypatch.setattr(deploy.reduced.precision, "int8_model", lambda model, *rest: model)
     code, folder = export(*int8_options)
     assert code == 2
     assert "claims int8, but of the weights in its heavy layers 0.0% are" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from deploy import predict
+from deploy.checks.verify_images import draw_scene
 from deploy.runtime import OrtDetector
-from deploy.verify_images import draw_scene
 from tests.deploy.fake_graph import CLASSES, FRACTIONS, write_fake_graph
 
 

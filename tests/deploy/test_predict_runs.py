@@ -1,5 +1,6 @@
 """Long runs: killed, interrupted, resumed, watched; none of it changes what is found."""
 
+import functools
 import json
 import os
 import signal
@@ -68,7 +69,7 @@ def test_killed_and_resumed_equals_uninterrupted(model, many, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode == -9 and not (halved / "detections.json").exists()
     many[4].unlink()
     many[4].write_bytes(content)
@@ -165,13 +166,15 @@ def test_resume_from_a_foreign_journal_is_refused(model, many, tmp_path, damage,
 def test_ctrl_c_is_one_line_and_can_be_resumed(model, many, tmp_path, lines):
     many[lines].unlink()
     os.mkfifo(many[lines])
-    process, journal = typed(model, *many, "--output", tmp_path / "out"), tmp_path / "out"
-    journal = journal / "detections.jsonl"
+    # A shell that starts the tests in the background makes them and their children ignore SIGINT.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = typed(model, *many, "--output", tmp_path / "out", preexec_fn=listen)
+    journal = tmp_path / "out" / "detections.jsonl"
     while not journal.exists() or journal.read_bytes().count(b"\n") <= lines:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"interrupted\n")
     many[lines].unlink()
     Image.new("RGB", (96, 64)).save(many[lines])
@@ -210,7 +213,7 @@ def test_a_full_disk_behind_stdout_is_no_success(model, photos, tmp_path):
 
 def test_two_processes_at_once_agree(model, many, tmp_path):
     processes = [typed(model, *many, "--output", tmp_path / name) for name in "ab"]
-    assert [process.wait() for process in processes] == [0, 0]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for process in processes:
-        process.communicate()
+        process.communicate(timeout=60)
     assert read(tmp_path / "a") == read(tmp_path / "b")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from deploy.errors import UserError
-from deploy.preprocess import load_image, make_batch, prepare, resized_shape
+from deploy.serving.preprocess import load_image, make_batch, prepare, resized_shape
 from tests.deploy.fake_graph import fake_spec
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from deploy.checks.verification import verify
 from deploy.evaluate import load_eager
 from deploy.export import main
 from deploy.load import load_student
 from deploy.runtime import OrtDetector
-from deploy.verification import verify
 from tests.deploy.conftest import conditioned, save_checkpoint, toy_cfg
 
 FEWER = 20  # of 12 the last falls among exact ties of the blank image: any of them is right

@@ -9,11 +9,11 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from deploy.calibrate import Reader
-from deploy.convert import expose_raw
-from deploy.layers import check_precision, weighted_layers
-from deploy.quantize import RECIPES, fold_batch_norms, int8_model
-from deploy.verify_images import draw_scene
+from deploy.checks.verify_images import draw_scene
+from deploy.graphs.convert import expose_raw
+from deploy.reduced.calibrate import Reader
+from deploy.reduced.layers import check_precision, weighted_layers
+from deploy.reduced.quantize import RECIPES, fold_batch_norms, int8_model
 from tests.deploy.conftest import CANVAS, scenes
 
 INT8 = onnx.TensorProto.INT8

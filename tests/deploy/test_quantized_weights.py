@@ -4,9 +4,9 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.graph_difference import compare_initializers
-from deploy.quantize import RECIPES, fold_batch_norms
-from deploy.quantized_weights import with_float_weights
+from deploy.checks.graph_difference import compare_initializers
+from deploy.checks.quantized_weights import with_float_weights
+from deploy.reduced.quantize import RECIPES, fold_batch_norms
 from tests.deploy.test_quantize import int8, pictures  # noqa: F401  fixtures
 from tests.deploy.test_verification import change
 

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from deploy.receipt import NO_TEACHER, NOT_RECORDED, chain, environment, origin_of
+from deploy.checks.receipt import NO_TEACHER, NOT_RECORDED, chain, environment, origin_of
 
 TEACHER = {"weights": "output/teacher/model_final.pth", "sha256": "ab" * 32}
 

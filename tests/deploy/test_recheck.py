@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from deploy.checks.graph_difference import compare_initializers
+from deploy.checks.recheck import Reference, compare_graph, read_graph
 from deploy.errors import UserError
-from deploy.graph_difference import compare_initializers
 from deploy.load import load_student
-from deploy.recheck import Reference, compare_graph, read_graph
 from deploy.runtime import OrtDetector
 from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.test_verification import change, nodes, wrong_sampling_ratio

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 
 from deploy.export import main
-from deploy.tiny import tiny_cfg
+from deploy.graphs.tiny import tiny_cfg
 from tests.deploy.conftest import save_checkpoint
 
 

@@ -13,11 +13,11 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from deploy.detector import rescale
+from deploy.checks.verify_images import draw_scene
 from deploy.errors import UserError
-from deploy.preprocess import make_batch, prepare
 from deploy.runtime import OrtDetector
-from deploy.verify_images import draw_scene
+from deploy.serving.detector import rescale
+from deploy.serving.preprocess import make_batch, prepare
 from fgd.config import load_config_text
 from tests.deploy.conftest import ARCHITECTURES
 from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph

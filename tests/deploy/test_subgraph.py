@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from deploy.errors import UserError
-from deploy.subgraph import network_only
+from deploy.speed.subgraph import network_only
 from tests.deploy.fake_graph import write_fake_graph
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from deploy.timing import Timing, describe_machine, interleave, noise, peak_memory
+from deploy.speed.timing import Timing, describe_machine, interleave, noise, peak_memory
 
 
 def test_rows_alternate_and_warmup_is_not_counted():
@@ -50,7 +50,7 @@ def timing(wall, cpu=None):
 
 
 def test_noise_names_each_reason(monkeypatch):
-    monkeypatch.setattr("deploy.timing.available_cores", lambda: 2)
+    monkeypatch.setattr("deploy.speed.timing.available_cores", lambda: 2)
     quiet = {"graph": timing([1.0, 1.01, 1.02])}
     assert noise(quiet, 0.1, threads=2) == noise(quiet, 1.0, threads=1) == []
     assert noise(quiet, None, threads=2) == []
@@ -76,6 +76,6 @@ def test_peak_memory_is_the_childs_own():
         assert peak_memory() is None
         return
     ballast = np.ones(40_000_000)  # 320 MB
-    code = "from deploy.timing import peak_memory; print(peak_memory())"
+    code = "from deploy.speed.timing import peak_memory; print(peak_memory())"
     child = int(subprocess.check_output([sys.executable, "-c", code]))
     assert peak_memory() > ballast.nbytes > 2 * child > 2_000_000

@@ -9,13 +9,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from deploy import triton_repository
+from deploy.serving import triton_repository
+from deploy.serving.triton_repository import main
 from deploy.spec import ModelSpec
-from deploy.triton_repository import main
 from tests.deploy.fake_graph import CLASSES, fake_spec, write_fake_graph
 from tests.deploy.triton_server import DATA_TYPES, KINDS, read_config
 
-ROOT = Path(triton_repository.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ORT_TYPES = {"TYPE_FP32": "tensor(float)", "TYPE_UINT8": "tensor(uint8)"}
 ORT_TYPES["TYPE_INT32"] = "tensor(int32)"
 OTHERS = ("detector/config.pbtxt", "detector/labels.txt")

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import deploy.export
-import deploy.static_ops
+import deploy.graphs.static_ops
 from deploy.export import main
 from deploy.graphs.regions import propose
+from deploy.graphs.tiny import scenes, tiny_cfg, write_scenes
+from deploy.graphs.trt_build import build_commands
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.tiny import scenes, tiny_cfg, write_scenes
-from deploy.trt_build import build_commands
 from deploy.trt_lint import lint
 from tests.deploy.conftest import conditioned
 from tests.deploy.test_spec import _spec
@@ -134,7 +134,7 @@ def test_what_tensorrt_would_refuse_is_no_model(checkpoint, for_tensorrt, monkey
 
 
 def test_too_few_rounds_fail_and_are_said(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(deploy.static_ops, "ROUNDS", 2)
+    monkeypatch.setattr(deploy.graphs.static_ops, "ROUNDS", 2)
     assert main([str(checkpoint), "--target", "tensorrt"]) == 4
     captured = capsys.readouterr()
     assert "NOT CONVERGED: 2 rounds of static NMS were too few for" in captured.out

@@ -8,8 +8,8 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from deploy.verification import verify
-from deploy.verify_images import draw_scene
+from deploy.checks.verification import verify
+from deploy.checks.verify_images import draw_scene
 from tests.deploy.conftest import ARCHITECTURES
 
 

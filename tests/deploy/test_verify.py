@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deploy.verify
-from deploy.recheck import Reference
+from deploy.checks.recheck import Reference
 from deploy.verify import main
 from tests.deploy.test_verification import change
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deploy.verify_images import draw_scene, verification_batches
+from deploy.checks.verify_images import draw_scene, verification_batches
 from tests.deploy.test_spec import _spec
 
 

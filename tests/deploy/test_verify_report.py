@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from deploy.matching import Decisions, Found
-from deploy.verify_report import Gate, Tally, VerifyReport, decide, gates_of
+from deploy.checks.matching import Decisions, Found
+from deploy.checks.verify_report import Gate, Tally, VerifyReport, decide, gates_of
 
 LINES = Decisions(score_threshold=0.05, nms_threshold=0.5, max_detections=100)
 

@@ -8,7 +8,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from deploy.errors import UserError
-from deploy.preprocess import find_images, load_image, make_batch, prepare
+from deploy.serving.preprocess import find_images, load_image, make_batch, prepare
 from deploy.spec import INPUT_NAMES, ModelSpec
 
 MOST = 64  # images, evenly spaced among those given; 205 gave no better ranges than 64

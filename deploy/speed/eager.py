@@ -8,7 +8,7 @@ from detectron2.data import DatasetMapper
 
 from deploy.errors import UserError
 from deploy.load import load_student
-from deploy.paste import encode_rle
+from deploy.serving.paste import encode_rle
 
 
 class EagerDetector:

@@ -13,10 +13,10 @@ import onnx
 import onnxruntime as ort
 
 from deploy.errors import UserError
-from deploy.preprocess import make_batch, prepare
 from deploy.runtime import OrtDetector, open_session
+from deploy.serving.preprocess import make_batch, prepare
 from deploy.spec import INPUT_NAMES, ModelSpec
-from deploy.subgraph import network_only
+from deploy.speed.subgraph import network_only
 
 GRAPH, NETWORK, CLIENT = "graph", "network", "client"
 EAGER, COMPILE, SCRIPT, LEGACY = "eager", "compile", "torchscript", "legacy"
@@ -50,7 +50,7 @@ class Contender:
             return GraphRunner(OrtDetector(self.path, [provider], threads))
         if self.kind == LEGACY:
             return LegacyRunner(self.path, self.spec, provider, threads)
-        from deploy.baselines import load_baseline  # imports PyTorch
+        from deploy.speed.baselines import load_baseline  # imports PyTorch
 
         return load_baseline(self.kind, self.path, self.spec, provider, threads)
 

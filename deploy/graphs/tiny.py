@@ -12,8 +12,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from PIL import Image
 from torch import Tensor, nn
 
+from deploy.checks.verify_images import draw_scene
 from deploy.files import write_json
-from deploy.verify_images import draw_scene
 from fgd.config import get_fgd_cfg
 
 CANVAS = (96, 128)  # height and width in pixels

@@ -5,20 +5,20 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 import onnx
 
-from deploy.graph_under_test import (
+from deploy.checks.graph_under_test import (
     GraphUnderTest,
     broken_by_nan,
     broken_promises,
     broken_target,
     detections,
 )
+from deploy.checks.matching import Decisions
+from deploy.checks.oracle import RawJudge, as_tensors, detectron2_detections, score_threshold
+from deploy.checks.verify_images import Batch, verification_batches
+from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
 from deploy.graphs import exportable, exportable_class
-from deploy.matching import Decisions
-from deploy.nms_rounds import Rounds
-from deploy.oracle import RawJudge, as_tensors, detectron2_detections, score_threshold
+from deploy.graphs.nms_rounds import Rounds
 from deploy.spec import ModelSpec
-from deploy.verify_images import Batch, verification_batches
-from deploy.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
 
 
 def verify(

@@ -12,7 +12,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import onnx
 
-from deploy.bench_rows import (
+from deploy.coco_data import CocoData
+from deploy.errors import UserError
+from deploy.evaluate import evaluate_eager, evaluate_graph
+from deploy.reduced.layers import check_precision
+from deploy.runtime import OrtDetector
+from deploy.speed.bench_rows import (
     BASELINES,
     CLIENT,
     EAGER,
@@ -26,13 +31,8 @@ from deploy.bench_rows import (
     Runner,
     short_names,
 )
-from deploy.coco_data import CocoData
-from deploy.errors import UserError
-from deploy.evaluate import evaluate_eager, evaluate_graph
-from deploy.footprint import measure_alone, reason
-from deploy.layers import check_precision
-from deploy.runtime import OrtDetector
-from deploy.timing import describe_machine, interleave, noise
+from deploy.speed.footprint import measure_alone, reason
+from deploy.speed.timing import describe_machine, interleave, noise
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _add_baseline(run: _Run, kind: str, checkpoint, first: OrtDetector, folder) 
     try:
         path = Path(checkpoint)
         if kind in (SCRIPT, LEGACY):
-            from deploy.baselines import trace  # imports PyTorch
+            from deploy.speed.baselines import trace  # imports PyTorch
 
             provider = run.settings.provider
             path = trace(kind, path, first.spec, run.images[0], folder, provider)

@@ -8,8 +8,8 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
-from deploy.bench_rows import GRAPH, LEGACY, Contender
-from deploy.timing import peak_memory
+from deploy.speed.bench_rows import GRAPH, LEGACY, Contender
+from deploy.speed.timing import peak_memory
 
 
 def measure_alone(
@@ -48,7 +48,7 @@ def reason(error: BaseException) -> str:
 
 def _load_and_run(contender, provider, threads, images) -> Dict[str, Any]:
     if contender.kind not in (GRAPH, LEGACY):
-        import deploy.baselines  # noqa: F401  what it takes to import is not part of loading
+        import deploy.speed.baselines  # noqa: F401  what it takes to import is not part of loading
     libraries, start = peak_memory(), time.perf_counter()
     runner = contender.load(provider, threads)
     loaded = time.perf_counter()

@@ -19,7 +19,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from deploy.layers import MATRIX_OPS, weighted_layers
+from deploy.reduced.layers import MATRIX_OPS, weighted_layers
 from deploy.spec import ModelSpec
 
 # Of an activation's values, how many its range covers. All of them: outliers cost up to 0.45 AP

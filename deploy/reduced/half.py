@@ -8,9 +8,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from deploy.convert import to_onnx
 from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
+from deploy.graphs.convert import to_onnx
 from deploy.spec import ModelSpec
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from deploy.convert import RAW
+from deploy.checks.matching import Found
+from deploy.checks.verify_images import Batch
 from deploy.graphs import exportable
-from deploy.matching import Found
+from deploy.graphs.convert import RAW
 from deploy.spec import OUTPUT_NAMES
-from deploy.verify_images import Batch
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from deploy.errors import UserError
-from deploy.paste import paste_mask
-from deploy.preprocess import (
+from deploy.serving.paste import paste_mask
+from deploy.serving.preprocess import (
     MAX_PIXELS,
     ImageSource,
     load_image,

@@ -1,4 +1,4 @@
-"""The ops of `deploy.ops` for TensorRT: standard operators only, every size constant.
+"""The ops of `deploy.graphs.ops` for TensorRT: standard operators only, every size constant.
 
 NonMaxSuppression and NonZero have results whose size depends on data. Instead, suppression is a
 matrix applied a fixed number of times, and RoIAlign pools every box on every level.
@@ -9,8 +9,8 @@ import torch
 from onnxscript import opset18 as op
 
 from deploy.errors import UserError
-from deploy.nms_rounds import ROUND, ROUNDS, ROWS
-from deploy.ops import INVALID, IS_VALID, ints
+from deploy.graphs.nms_rounds import ROUND, ROUNDS, ROWS
+from deploy.graphs.ops import INVALID, IS_VALID, ints
 
 
 def _select_nms_static(boxes, scores, groups, iou, num_groups, k):

@@ -6,7 +6,7 @@ import onnx
 from onnx import helper
 
 from deploy.errors import UserError
-from deploy.layers import weighted_layers
+from deploy.reduced.layers import weighted_layers
 
 
 def network_only(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from deploy.preprocess import find_images, load_image, prepare
+from deploy.serving.preprocess import find_images, load_image, prepare
 from deploy.spec import ModelSpec
 
 _SMALLEST = 32  # pixels, of the smallest image tried

@@ -6,16 +6,21 @@ from typing import Dict, Optional, Sequence
 import numpy as np
 import onnx
 
+from deploy.checks.graph_under_test import (
+    GraphUnderTest,
+    broken_by_nan,
+    broken_promises,
+    broken_target,
+)
+from deploy.checks.matching import Decisions, Found, match_detections
+from deploy.checks.verification import compare
+from deploy.checks.verify_images import verification_batches
+from deploy.checks.verify_report import ENOUGH, Gate, Tally, VerifyReport
 from deploy.coco_data import CocoData
 from deploy.evaluate import evaluate_graph
-from deploy.graph_under_test import GraphUnderTest, broken_by_nan, broken_promises, broken_target
-from deploy.layers import check_precision
-from deploy.matching import Decisions, Found, match_detections
+from deploy.reduced.layers import check_precision
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.verification import compare
-from deploy.verify_images import verification_batches
-from deploy.verify_report import ENOUGH, Gate, Tally, VerifyReport
 
 CLOSE = 0.99  # of Detectron2's detections, that float16 finds within these bounds:
 BOX_PIXELS, SCORE, MASK = 0.5, 5e-3, 2e-2

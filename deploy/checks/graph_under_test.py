@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from deploy.convert import RAW, THRESHOLD, expose_raw
-from deploy.matching import Found
+from deploy.checks.matching import Found
+from deploy.checks.verify_images import Batch
+from deploy.graphs.convert import RAW, THRESHOLD, expose_raw
 from deploy.runtime import open_session
 from deploy.spec import INPUT_NAMES, MASKS, OUTPUT_NAMES, ModelSpec
 from deploy.trt_lint import lint
-from deploy.verify_images import Batch
 
 
 class GraphUnderTest:

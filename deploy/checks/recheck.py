@@ -8,19 +8,19 @@ from typing import List, Optional
 import onnx
 from google.protobuf.message import DecodeError
 
-from deploy.convert import RAW, THRESHOLD, to_onnx
-from deploy.divergence import Divergence, first_divergence
+from deploy.checks.divergence import Divergence, first_divergence
+from deploy.checks.graph_difference import Comparison, compare_initializers, structure_difference
+from deploy.checks.inventory import take_inventory
+from deploy.checks.quantized_weights import with_float_weights
+from deploy.checks.verify_images import verification_batches
 from deploy.errors import UserError
 from deploy.export import make_spec
-from deploy.graph_difference import Comparison, compare_initializers, structure_difference
 from deploy.graphs import exportable
-from deploy.half import half_model
-from deploy.inventory import take_inventory
+from deploy.graphs.convert import RAW, THRESHOLD, to_onnx
 from deploy.load import Student
-from deploy.quantize import fold_batch_norms
-from deploy.quantized_weights import with_float_weights
+from deploy.reduced.half import half_model
+from deploy.reduced.quantize import fold_batch_norms
 from deploy.spec import INPUT_NAMES, ModelSpec
-from deploy.verify_images import verification_batches
 
 _SHOWN = 8  # differing initializers in a text
 _IDENTITY = {"hashes", "versions", "format", "precision", "opset"}  # no promise to a client

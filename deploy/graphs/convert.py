@@ -9,9 +9,9 @@ from torch.export import Dim
 
 from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
-from deploy.ops import TRANSLATIONS
+from deploy.graphs.ops import TRANSLATIONS
+from deploy.graphs.static_ops import STATIC_TRANSLATIONS
 from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
-from deploy.static_ops import STATIC_TRANSLATIONS
 
 OPSET = 18
 RAW = "raw."  # prefix of the values inside the graph that `expose_raw` can make outputs

@@ -9,16 +9,16 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 import onnx
 
-from deploy.calibrate import Reader, calibration_files, describe
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError
 from deploy.files import write_atomically
 from deploy.graphs import exportable
-from deploy.half import half_model
-from deploy.layers import weighted_layers
 from deploy.load import Student
-from deploy.precision_gates import ApLoss, average_precision, verify_reduced
-from deploy.quantize import RECIPES, int8_model
+from deploy.reduced.calibrate import Reader, calibration_files, describe
+from deploy.reduced.half import half_model
+from deploy.reduced.layers import weighted_layers
+from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
+from deploy.reduced.quantize import RECIPES, int8_model
 from deploy.spec import ModelSpec
 
 PRECISIONS = ("fp16", "int8")

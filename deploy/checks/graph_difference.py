@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from deploy.inventory import FOLDED_BIAS
+from deploy.checks.inventory import FOLDED_BIAS
 
 # In units of the dtype's epsilon: batch norms folded by another PyTorch may round differently in
 # float32; float16 weights are those, rounded once.

@@ -1,0 +1,1 @@
+"""What proves that a graph is its model: judges, comparisons, reports."""

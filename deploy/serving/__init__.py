@@ -1,0 +1,1 @@
+"""What surrounds a graph at work: images in, detections out, servers. No PyTorch."""

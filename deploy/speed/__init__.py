@@ -1,0 +1,1 @@
+"""What is timed, how, and the page that shows it."""
