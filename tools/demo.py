@@ -120,7 +120,7 @@ def draw_comparison(output: Path, seed: int, data: CocoData, count: int = 4) -> 
         found = graph.detect([image])[0]
         columns = {
             "ground truth": (boxes, labels, None),
-            "student alone": above(*plain.detect(record)),
+            "student alone": above(*plain.detect(record)[:3]),
             "student with FGD (ONNX)": above(found.boxes, found.scores, found.labels),
         }
         for axis, (title, (shown, classes_shown, scores)) in zip(line, columns.items()):
