@@ -1,10 +1,14 @@
-"""Every shipped config is read, and builds at least its backbone table."""
+"""Every shipped config is read; the COCO configs state the authors' settings and fit together."""
 
+import re
+from functools import cache
 from pathlib import Path
+from typing import List, NamedTuple
 
 import pytest
+import torch
 from detectron2 import model_zoo
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_model
 
 from fgd.config import check_config, load_config, student_config
 from fgd.features import distilled_level_names, match_levels
@@ -12,6 +16,47 @@ from fgd.solver import check_solver
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+class Row(NamedTuple):
+    """What the authors' config of a detector says."""
+
+    weights: List[float]  # foreground, background, attention, relation
+    temperature: float
+    learning_rate: float
+    inherit: bool
+    levels: List[str]
+
+
+TWO_STAGE = Row([5e-5, 2.5e-5, 5e-5, 5e-7], 0.5, 0.02, False, ["p2", "p3", "p4", "p5"])
+PYRAMID = ["p3", "p4", "p5", "p6", "p7"]
+TABLE = {
+    "frcnn": TWO_STAGE,
+    "mask_rcnn": TWO_STAGE,
+    "cascade": TWO_STAGE,
+    "retinanet": Row([1e-3, 5e-4, 5e-4, 5e-6], 0.5, 0.01, True, PYRAMID),
+    "fcos": Row([1.6e-3, 8e-4, 8e-4, 8e-6], 0.8, 0.01, True, PYRAMID),
+}
+# Zoo weights there are none of: a config of this folder trains the teacher.
+OWN_TEACHERS = {"fcos": "teacher_fcos"}
+
+
+def read(name):
+    return load_config(str(CONFIGS / f"{name}.yaml"), ["MODEL.DEVICE", "cpu"])
+
+
+@cache
+def built(name, teacher=False):
+    """The student of a config, or its teacher, without memory for weights."""
+    cfg = read(f"fgd_{name}")
+    if teacher and name in OWN_TEACHERS:
+        cfg = read(OWN_TEACHERS[name])
+    elif teacher:
+        cfg = load_config(cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE)
+    cfg = student_config(cfg)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -23,33 +68,98 @@ def test_every_config_loads_and_passes_the_checks(path):
     check_config(cfg)
 
 
-@pytest.mark.parametrize("name", ["frcnn", "retinanet"])
-def test_coco_configs_state_the_papers_settings(name):
-    cfg, base = (load_config(str(CONFIGS / f"{x}_{name}.yaml")) for x in ("fgd", "baseline"))
-    node = cfg.MODEL.DISTILLER
-    weights = list(node.FGD.values())[:4]
-    expected = {"frcnn": [5e-5, 2.5e-5, 5e-5, 5e-7], "retinanet": [1e-3, 5e-4, 5e-4, 5e-6]}
-    assert weights == expected[name]
-    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (180000, (120000, 165000))
-    assert (cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE) == (
-        "full_model",
-        35.0,
-    )
-    assert node.TEACHER.WEIGHTS.endswith(
-        model_zoo.get_checkpoint_url(node.TEACHER.CONFIG_FILE).split("/detectron2/")[1]
-    )
-    # The two arms differ in nothing but the distillation.
-    student, plain = student_config(cfg), student_config(base)
+@pytest.mark.parametrize("name", TABLE)
+def test_coco_configs_state_the_authors_settings(name):
+    cfg, row = read(f"fgd_{name}"), TABLE[name]
+    node, solver = cfg.MODEL.DISTILLER, cfg.SOLVER
+    assert list(node.FGD.values())[:4] == row.weights
+    assert (node.FGD.TEMPERATURE, node.INHERIT) == (row.temperature, row.inherit)
+    assert (node.METHOD, distilled_level_names(cfg)) == ("FGD", row.levels)
+    assert (solver.BASE_LR, solver.IMS_PER_BATCH, solver.MOMENTUM) == (row.learning_rate, 16, 0.9)
+    assert (solver.MAX_ITER, solver.STEPS, solver.GAMMA) == (180000, (120000, 165000), 0.1)
+    assert (solver.OPTIMIZER, solver.WEIGHT_DECAY, solver.WARMUP_ITERS) == ("SGD", 1e-4, 500)
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35.0)
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("coco_2017_train",), ("coco_2017_val",))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_arms_differ_in_nothing_but_the_distillation(name):
+    student, plain = student_config(read(f"fgd_{name}")), student_config(read(f"baseline_{name}"))
     student.OUTPUT_DIR = plain.OUTPUT_DIR
     assert student.dump() == plain.dump()
 
 
-@pytest.mark.parametrize("name", ["frcnn", "retinanet"])
+def test_what_fcos_alone_has():
+    for name in ("fgd_fcos", "baseline_fcos", "teacher_fcos"):
+        cfg = read(name)
+        solver, node = cfg.SOLVER, cfg.MODEL.FCOS
+        assert solver.WARMUP_FACTOR == pytest.approx(1 / 3, abs=1e-6)
+        assert (solver.BIAS_LR_FACTOR, solver.WEIGHT_DECAY_BIAS) == (2.0, 0.0)
+        assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == (
+            (640, 800),
+            "choice",
+        )
+        assert (node.NMS_THRESH_TEST, node.CENTER_SAMPLING_RADIUS) == (0.6, 1.5)
+    for name in sorted(set(TABLE) - {"fcos"}):
+        cfg = read(f"fgd_{name}")
+        assert (cfg.SOLVER.WARMUP_FACTOR, cfg.INPUT.MIN_SIZE_TRAIN) == (0.001, (800,))
+        assert (cfg.SOLVER.BIAS_LR_FACTOR, cfg.SOLVER.WEIGHT_DECAY_BIAS) == (1.0, None)
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLE) - set(OWN_TEACHERS)))
+def test_teacher_weights_belong_to_the_teacher_config(name):
+    node = read(f"fgd_{name}").MODEL.DISTILLER.TEACHER
+    url = model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+    assert node.WEIGHTS == "detectron2://" + url.split("/detectron2/")[1]
+
+
+@pytest.mark.parametrize("name, teacher", OWN_TEACHERS.items())
+def test_own_teacher_is_where_its_config_leaves_it(name, teacher):
+    node, cfg = read(f"fgd_{name}").MODEL.DISTILLER.TEACHER, read(teacher)
+    assert (node.CONFIG_FILE, node.WEIGHTS) == ("", f"{cfg.OUTPUT_DIR}/model_final.pth")
+    assert cfg.MODEL.META_ARCHITECTURE == read(f"fgd_{name}").MODEL.DISTILLER.STUDENT
+    assert cfg.MODEL.RESNETS.DEPTH == 101 and "R-101" in cfg.MODEL.WEIGHTS
+
+
+def test_addresses_in_files_and_comments_are_the_zoos():
+    """Alternatives stand in comments, as the lines `…yaml` and `detectron2://…`."""
+    found = 0
+    for path in FILES:
+        for address in re.findall(r"detectron2://([^\s\"]+)", path.read_text()):
+            if not address.startswith("ImageNetPretrained/"):
+                config = address.rsplit("/", 2)[0] + ".yaml"
+                assert model_zoo.get_checkpoint_url(config).endswith(f"/detectron2/{address}")
+                model_zoo.get_config_file(config)  # RuntimeError when it is not there
+                found += 1
+    assert found >= 4
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_coco_teachers_fit_their_students(name):
-    cfg = load_config(str(CONFIGS / f"fgd_{name}.yaml"))
-    teacher = load_config(cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE)
-    shapes = [build_backbone(c).output_shape() for c in (cfg, teacher)]
-    levels = match_levels(distilled_level_names(cfg), *shapes)
-    count = {"frcnn": ["p2", "p3", "p4", "p5"], "retinanet": ["p3", "p4", "p5", "p6", "p7"]}
-    assert [level.name for level in levels] == count[name]
+    student, teacher = built(name), built(name, teacher=True)
+    shapes = [model.backbone.output_shape() for model in (student, teacher)]
+    levels = match_levels(distilled_level_names(read(f"fgd_{name}")), *shapes)
+    assert [level.name for level in levels] == TABLE[name].levels
     assert {(level.student_channels, level.teacher_channels) for level in levels} == {(256, 256)}
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.inherit])
+def test_all_of_neck_and_head_can_be_inherited_where_it_is_on(name):
+    shapes = [
+        {k: v.shape for k, v in model.state_dict().items() if "bottom_up" not in k}
+        for model in (built(name), built(name, teacher=True))
+    ]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 20
+
+
+def test_masks_and_the_cascade_are_where_they_should_be():
+    heads = {name: built(name).roi_heads for name in ("frcnn", "mask_rcnn", "cascade")}
+    kinds = {name: (type(head).__name__, head.mask_on) for name, head in heads.items()}
+    assert kinds == {
+        "frcnn": ("StandardROIHeads", False),
+        "mask_rcnn": ("StandardROIHeads", True),
+        "cascade": ("CascadeROIHeads", False),
+    }
+    teacher = built("mask_rcnn", teacher=True).roi_heads
+    assert (type(teacher).__name__, teacher.mask_on) == ("CascadeROIHeads", True)
