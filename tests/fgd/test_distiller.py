@@ -2,8 +2,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from fgd.config import student_config
 from fgd.errors import UserError
@@ -146,7 +148,7 @@ def test_without_a_method_the_student_only_inherits(distiller_cfg, make_batch):
 
 def test_other_families_share_the_levels_they_have(distiller_cfg, make_batch):
     cfg = distiller_cfg("RetinaNet", teacher_arch="GeneralizedRCNN")
-    with pytest.raises(UserError, match="(?s)'p7' is missing in the teacher.*p2"):
+    with pytest.raises(UserError, match="(?s)no level of stride 128 for 'p7'.*'p6'.*p2 "):
         build(cfg)
     cfg.MODEL.DISTILLER.LEVELS = ["p3", "p4", "p5"]
     model = build(cfg)
@@ -182,3 +184,190 @@ def test_padding_that_the_teacher_cannot_take_is_refused(distiller_cfg, tiny_cfg
         UserError, match="multiples of 16 pixels, the teacher needs multiples of 32"
     ):
         build(cfg)
+
+
+def pair(tmp_path, student, teacher):
+    """Config of a Distiller for two whole configs; the teacher gets random weights in a file."""
+    torch.manual_seed(5)
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    cfg = student.clone()
+    cfg.MODEL.DISTILLER.STUDENT = cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
+    return cfg
+
+
+def fcos(tiny_cfg, channels):
+    cfg = tiny_cfg("RetinaNet", channels=channels)
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.FCOS.NUM_CONVS = 3, 1
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [120.0, 115.0, 100.0], [58.0, 57.0, 55.0]
+    return cfg
+
+
+def cascade_mask(tiny_cfg, channels):
+    cfg = tiny_cfg("GeneralizedRCNN", channels=channels)
+    cfg.MODEL.MASK_ON, cfg.MODEL.ROI_HEADS.NAME = True, "CascadeROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    return cfg
+
+
+PAIRS = {
+    "RetinaNet-FCOS": lambda make: (make("RetinaNet"), fcos(make, 24), {}),
+    "FCOS-RetinaNet": lambda make: (fcos(make, 16), make("RetinaNet", channels=24), {}),
+    "Faster-CascadeMask": lambda make: (make("GeneralizedRCNN"), cascade_mask(make, 24), {}),
+    "Faster-RetinaNet": lambda make: (
+        make("GeneralizedRCNN"),
+        make("RetinaNet", channels=24),
+        {"LEVELS": ["p3", "p5"], "LEVEL_MAP": ["p5:p5"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_any_pair_distils_what_each_side_would_see_alone(name, tiny_cfg, tmp_path, make_batch):
+    student, teacher, node = PAIRS[name](tiny_cfg)
+    cfg = pair(tmp_path, student, teacher)
+    cfg.MODEL.DISTILLER.update(node)
+    model, seen = build(cfg), []
+    model.distillation.register_forward_pre_hook(lambda module, args: seen.append(args))
+    losses = train_step(model, make_batch())
+    assert all(v.isfinite() for v in losses.values()) and losses["loss_fgd_foreground"] > 0
+    (own, taught, *_, padded), batch = seen[0], make_batch()
+    # The teacher's features are those of its own inference on its own kind of image.
+    alone = build_model(teacher).eval()
+    alone.load_state_dict(torch.load(tmp_path / "teacher.pth", weights_only=True)["model"])
+    if teacher.INPUT.FORMAT != student.INPUT.FORMAT:
+        batch = [{**x, "image": x["image"].flip(0)} for x in batch]
+    with torch.no_grad():
+        wanted = alone.backbone(alone.preprocess_image(batch).tensor)
+    assert list(own) == list(taught) == list(model.distillation.levels)
+    for level, value in taught.items():
+        assert torch.equal(value, wanted[level]) and value.shape[1] == 24
+        assert own[level].shape == (2, 16, *value.shape[2:]) and own[level].requires_grad
+    assert padded == alone.preprocess_image(batch).tensor.shape[-2:]
+
+
+def test_levels_may_have_other_names_in_the_teacher(distiller_cfg, make_batch):
+    plain = build(distiller_cfg())
+    wanted = train_step(plain, make_batch())
+    cfg = distiller_cfg()
+    cfg.MODEL.DISTILLER.LEVEL_MAP = ["p3:p3", "p6:p6"]
+    assert train_step(build(cfg), make_batch()) == wanted
+    cfg.MODEL.DISTILLER.LEVEL_MAP = ["p3:p4"]
+    with pytest.raises(UserError, match="'p3' has stride 8, the teacher's 'p4' 16"):
+        build(cfg)
+
+
+def test_unequal_grids_after_padding_name_both(distiller_cfg, make_batch):
+    model = build(distiller_cfg())
+    features = model.teacher.features
+    model.teacher.features = lambda *args: {
+        k: v[..., :-1] if k == "p4" else v for k, v in features(*args).items()
+    }
+    with pytest.raises(UserError) as error:
+        train_step(model, make_batch())
+    text = str(error.value)
+    assert "cannot distil level 'p4': in a batch padded to 96x96 pixels" in text
+    assert "student's grid has 6x6 cells, the teacher's 6x5" in text
+
+
+def test_group_normalised_necks_are_distilled_before_the_norm(tiny_cfg, tmp_path, make_batch):
+    student, teacher = tiny_cfg(channels=32), tiny_cfg(channels=64)
+    student.MODEL.FPN.NORM = "GN"
+    cfg = pair(tmp_path, student, teacher)
+
+    def distilled_losses(kind):
+        cfg.MODEL.DISTILLER.FEATURES = kind
+        model, seen = build(cfg), []
+        model.distillation.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        losses = train_step(model, make_batch())
+        backbone = model.student.backbone
+        wanted = backbone(model.student.preprocess_image(make_batch()).tensor)["p4"]
+        own = seen[0]["p4"]
+        torch.testing.assert_close(
+            own if kind == "output" else backbone.fpn_output4.norm(own), wanted
+        )
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        return losses
+
+    losses = {kind: distilled_losses(kind) for kind in ("auto", "pre_norm", "output")}
+    assert losses["auto"] == losses["pre_norm"] != losses["output"]
+    cfg.MODEL.DISTILLER.FEATURES = "pre_norm"
+    cfg.MODEL.FPN.NORM = ""
+    with pytest.raises(UserError, match="no distilled level of student or teacher ends in a norm"):
+        build(cfg)
+
+
+def step_at(model, batch, iteration):
+    with EventStorage(iteration):
+        return model(copy.deepcopy(batch))
+
+
+def test_the_schedule_scales_every_term_and_nothing_else(distiller_cfg, make_batch):
+    cfg = distiller_cfg()
+    whole = step_at(build(cfg), make_batch(), 5)
+    cfg.MODEL.DISTILLER.FACTOR = 0.5
+    cfg.MODEL.DISTILLER.SCHEDULE.update(START=4, WARMUP_ITERS=4)
+    model = build(cfg)
+    half = step_at(model, make_batch(), 5)
+    assert model.factor == 0.25 and "factor 0.5, from iteration 4 on" in model.describe()
+    for name, value in whole.items():
+        scale = 0.25 if name in model.distillation.loss_names else 1
+        assert half[name].item() == pytest.approx(scale * value.item(), rel=1e-6)
+
+
+def test_while_the_factor_is_zero_the_teacher_rests_and_the_student_is_the_plain_one(
+    distiller_cfg, make_batch
+):
+    cfg = distiller_cfg()
+    cfg.MODEL.DISTILLER.SCHEDULE.START = 1000
+    model = build(cfg)
+
+    def fail(*args):
+        raise AssertionError("the teacher ran")
+
+    features, model.teacher.features = model.teacher.features, fail
+    losses = step_at(model, make_batch(), 999)
+    names = model.distillation.loss_names
+    assert len(names) == 4 and all(losses[name] == 0 for name in names)
+    assert model.factor == 0 and model.distillation.level_totals == {}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(not p.grad.any() for p in model.distillation.parameters())
+    with pytest.raises(RuntimeError, match="features were taken"):
+        model._tap.pop()
+    model.teacher.features = features
+    on = step_at(model, make_batch(), 1000)
+    assert on.keys() == losses.keys() and on["loss_fgd_background"] > 0
+    history, state = run(build(cfg), make_batch())
+    wanted_history, wanted = run(build(student_config(cfg)), make_batch())
+    assert history == wanted_history
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+def test_ddp_reduces_when_the_factor_turns_to_zero_and_back(distiller_cfg, make_batch, tmp_path):
+    """DistributedDataParallel fails in a step after one in which a parameter had no gradient."""
+    cfg = distiller_cfg("GeneralizedRCNN")
+    cfg.MODEL.DISTILLER.SCHEDULE.update(START=1, STOP=2)
+    model = build(cfg)
+    address = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for iteration in range(4):
+            losses = step_at(parallel, make_batch(), iteration)
+            assert (losses["loss_fgd_background"] > 0) == (iteration == 1)
+            sum(losses.values()).backward()
+        model._nothing = lambda features: {}  # the fault that the zeros prevent
+        step_at(parallel, make_batch(), 4)["loss_cls"].backward()
+        with pytest.raises(RuntimeError, match="did not receive grad"):
+            step_at(parallel, make_batch(), 5)
+    finally:
+        dist.destroy_process_group()

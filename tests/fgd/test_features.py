@@ -1,60 +1,96 @@
 import pytest
-import torch
 from detectron2.layers import ShapeSpec
-from torch import nn
 
 from fgd.errors import UserError
-from fgd.features import FeatureTap, Level, distilled_level_names, match_levels
+from fgd.features import (
+    Level,
+    distilled_level_names,
+    level_table,
+    match_levels,
+    parse_level_map,
+)
 
 
 def shapes(**levels):
     return {name: ShapeSpec(channels=c, stride=s) for name, (c, s) in levels.items()}
 
 
+STUDENT = shapes(p3=(64, 8), p4=(64, 16), p5=(64, 32))
+
+
 def test_default_levels_follow_the_paper(tiny_cfg):
     for student, names in (
         ("RetinaNet", ["p3", "p4", "p5", "p6", "p7"]),
+        ("FCOS", ["p3", "p4", "p5", "p6", "p7"]),
         ("GeneralizedRCNN", ["p2", "p3", "p4", "p5"]),
     ):
-        cfg = tiny_cfg(student)
+        cfg = tiny_cfg("GeneralizedRCNN")
         cfg.MODEL.DISTILLER.STUDENT = student
         assert distilled_level_names(cfg) == names
         cfg.MODEL.DISTILLER.LEVELS = ["p4"]
         assert distilled_level_names(cfg) == ["p4"]
-    cfg.MODEL.DISTILLER.update(STUDENT="Other", LEVELS=[])
-    with pytest.raises(UserError, match="Other has no default"):
-        distilled_level_names(cfg)
+    for other in ("Other", "Weights"):  # MODEL.WEIGHTS is no node
+        cfg.MODEL.DISTILLER.update(STUDENT=other, LEVELS=[])
+        with pytest.raises(UserError, match=f"{other} has no default"):
+            distilled_level_names(cfg)
 
 
-def test_channels_may_differ():
-    levels = match_levels(["p3"], shapes(p3=(64, 8), p4=(64, 16)), shapes(p3=(256, 8)))
-    assert levels == [Level("p3", 64, 256)]
+def test_levels_match_by_stride_whatever_their_names_and_channels():
+    teacher = shapes(c2=(256, 4), c3=(256, 8), c4=(512, 16), c6=(256, 64))
+    assert match_levels(["p3", "p4"], STUDENT, teacher) == [
+        Level("p3", 64, 256, "c3"),
+        Level("p4", 64, 512, "c4"),
+    ]
+    # Equal names do not count.
+    assert match_levels(["p3"], STUDENT, shapes(p3=(8, 16), x=(9, 8)))[0].teacher_name == "x"
 
 
-def test_strides_and_missing_levels_show_both_tables():
-    student, teacher = shapes(p3=(64, 8), p4=(64, 16)), shapes(p3=(256, 4), p2=(256, 2))
-    with pytest.raises(UserError, match="'p3' has different strides") as error:
-        match_levels(["p3"], student, teacher)
-    assert "64 / 8" in str(error.value) and "256 / 4" in str(error.value)
-    with pytest.raises(UserError, match="'p4' is missing in the teacher"):
-        match_levels(["p4"], student, teacher)
-    with pytest.raises(UserError, match="'p9' is missing in the student and the teacher"):
-        match_levels(["p9"], student, teacher)
+def test_without_a_partner_the_error_shows_both_sides_and_what_would_do():
+    teacher = shapes(p2=(256, 4), p3=(256, 8), p4=(256, 16))
+    with pytest.raises(UserError) as error:
+        match_levels(["p3", "p4", "p5"], STUDENT, teacher)
+    text = str(error.value)
+    assert "the teacher has no level of stride 32 for 'p5'" in text
+    assert "MODEL.DISTILLER.LEVELS \"['p3', 'p4']\"" in text
+    rows = [line.split() for line in text.splitlines()[-4:]]
+    assert rows == [
+        ["4", "-", "p2", "(256)", "-"],
+        ["8", "p3", "(64)", "p3", "(256)", "p3", "<-", "p3"],
+        ["16", "p4", "(64)", "p4", "(256)", "p4", "<-", "p4"],
+        ["32", "p5", "(64)", "-", "-"],
+    ]
+    with pytest.raises(UserError, match="the student has no level 'p9'"):
+        match_levels(["p9"], STUDENT, teacher)
 
 
-class Doubling(nn.Module):
-    def forward(self, x):
-        return {"p3": x * 2}
+def test_two_candidates_are_not_chosen_from():
+    teacher = shapes(p3=(256, 8), res3=(512, 8))
+    with pytest.raises(UserError, match="2 levels of stride 8 for 'p3', p3 and res3; say which"):
+        match_levels(["p3"], STUDENT, teacher)
+    assert match_levels(["p3"], STUDENT, teacher, ["p3:res3"]) == [Level("p3", 64, 512, "res3")]
 
 
-def test_tap_hands_out_once_and_only_training_features():
-    backbone = Doubling()
-    tap = FeatureTap(backbone)
-    backbone(torch.ones(1, 3, 4, 5))
-    features, padded_size = tap.pop()
-    assert features["p3"].unique().item() == 2 and padded_size == (4, 5)
-    with pytest.raises(RuntimeError, match="did not run"):
-        tap.pop()
-    backbone.eval()(torch.ones(1, 3, 4, 5))
-    with pytest.raises(RuntimeError, match="did not run"):
-        tap.pop()
+def test_a_map_overrides_the_stride_only_where_none_is_stated():
+    unstated = {"a": ShapeSpec(channels=8), "b": ShapeSpec(channels=8, stride=8)}
+    with pytest.raises(UserError, match="the student's 'a' states no stride to match by; say"):
+        match_levels(["a"], unstated, STUDENT)
+    assert match_levels(["a", "b"], unstated, STUDENT, ["a:p4"]) == [
+        Level("a", 8, 64, "p4"),
+        Level("b", 8, 64, "p3"),
+    ]
+    assert "? " in level_table(unstated, STUDENT)
+    with pytest.raises(UserError, match="the student's 'b' has stride 8, the teacher's 'p4' 16"):
+        match_levels(["b"], unstated, STUDENT, ["b:p4"])
+    with pytest.raises(UserError, match="LEVEL_MAP: the teacher has no level 'p9'"):
+        match_levels(["b"], unstated, STUDENT, ["b:p9"])
+    with pytest.raises(UserError, match="LEVEL_MAP names 'a', which is not distilled"):
+        match_levels(["b"], unstated, STUDENT, ["a:p3"])
+
+
+@pytest.mark.parametrize("entry", ["p3", "p3:", ":p3", "a:b:c", ""])
+def test_a_map_of_another_form_is_refused(entry):
+    with pytest.raises(UserError, match="is not of the form 'student:teacher'"):
+        parse_level_map([entry])
+    with pytest.raises(UserError, match="the student's 'p3' twice"):
+        parse_level_map(["p3:p4", "p3:p5"])
+    assert parse_level_map(["p3:p4", "p4:p4"]) == {"p3": "p4", "p4": "p4"}

@@ -7,15 +7,17 @@ from torch import nn
 from fgd.hooks import LogLevelTotals
 
 
-def test_level_totals_reach_the_storage():
+def test_level_totals_reach_the_storage_times_the_factor():
     model = nn.Module()
+    model.factor = 0.5
     model.distillation = nn.Module()
     model.distillation.level_totals = {"p3": torch.tensor(1.5), "p4": torch.tensor(0.25)}
     with EventStorage() as storage:
         hook = LogLevelTotals()
         hook.trainer = SimpleNamespace(model=model, storage=storage)
         hook.after_step()
-        assert {k: v[0] for k, v in storage.latest().items()} == {"fgd/p3": 1.5, "fgd/p4": 0.25}
+        logged = {k: v[0] for k, v in storage.latest().items()}
+    assert logged == {"distillation_factor": 0.5, "fgd/p3": 0.75, "fgd/p4": 0.125}
 
 
 def test_a_plain_detector_logs_nothing():

@@ -12,8 +12,11 @@ from .backbones import add_timm_config
 from .data.datasets import add_data_config
 from .errors import UserError
 from .fcos import add_fcos_config
+from .features import parse_level_map
 from .methods import METHOD_REGISTRY, terms_function
+from .schedule import schedule_from_config
 from .solver import add_solver_config
+from .taps import check_kind
 from .yaml_config import SafeCfgNode, parse_yaml
 
 META_ARCHITECTURE = "Distiller"
@@ -35,9 +38,26 @@ def _distiller_node(Node) -> CfgNode:
     distiller.STUDENT = "RetinaNet"
     # Name in fgd.methods.METHOD_REGISTRY; "" = no distillation loss, the student only inherits.
     distiller.METHOD = "FGD"
-    # Names of the distilled backbone outputs. [] = the paper's choice for the student's detector:
-    # p3-p7 for dense detectors, p2-p5 for R-CNN (p6 there is only a max-pool of p5).
+    # Names of the distilled outputs of the student's backbone. [] = the paper's choice for its
+    # detector: p3-p7 for dense detectors, p2-p5 for R-CNN (p6 there is only a max-pool of p5).
     distiller.LEVELS = []
+    # Each level learns from the teacher's output of equal stride. Where that is not one output, or
+    # not the one wanted: "student_level:teacher_level" strings, for example ["p3:res3"].
+    distiller.LEVEL_MAP = []
+    # The tensor of a level, on both sides: "output", which the heads read; "pre_norm", the result
+    # of the level's last convolution before the norm of the FPN, which the authors take; "auto" =
+    # "pre_norm" if the FPN of student or teacher has group normalisation, else "output".
+    distiller.FEATURES = "auto"
+    # Common factor on all distillation terms, no unit; keeps their ratios.
+    distiller.FACTOR = 1.0
+    distiller.SCHEDULE = Node()
+    # FACTOR counts in iterations START <= i < STOP (STOP 0: to the end); elsewhere it is 0 and the
+    # teacher does not run. From START it grows linearly, in WARMUP_ITERS iterations.
+    distiller.SCHEDULE.START = 0
+    distiller.SCHEDULE.STOP = 0
+    distiller.SCHEDULE.WARMUP_ITERS = 0
+    # "none", or "linear": from the end of the warm-up down to 0 at STOP or SOLVER.MAX_ITER.
+    distiller.SCHEDULE.DECAY = "none"
     # Copy the teacher's neck and head into the student where names and shapes agree (paper,
     # "inheriting strategy"). Off, because it needs a teacher of the same detector family.
     distiller.INHERIT = False
@@ -162,6 +182,9 @@ def check_config(cfg: CfgNode) -> None:
             "the teacher's checkpoint"
         )
     _check_precision(node.TEACHER.PRECISION, cfg.MODEL.DEVICE)
+    parse_level_map(node.LEVEL_MAP)
+    check_kind(node.FEATURES)
+    schedule_from_config(cfg)
     if node.FGD.MASK_REFERENCE not in ("padded", "image"):
         raise UserError(
             f"MODEL.DISTILLER.FGD.MASK_REFERENCE: {node.FGD.MASK_REFERENCE!r} is neither "

@@ -6,13 +6,17 @@ from . import compat
 
 
 class LogLevelTotals(HookBase):
-    """Puts the weighted total of every distilled level into the logs, as ``fgd/p3`` and so on.
+    """Logs the factor of the schedule, and each level's total times it as ``fgd/p3`` and so on.
 
     After the step, when Detectron2 has waited for the losses anyway: the loss itself never makes
-    the host wait for a GPU. A plain detector logs nothing.
+    the host wait for a GPU. A plain detector logs nothing; while the factor is 0 there are no
+    totals.
     """
 
     def after_step(self):
-        distillation = getattr(compat.unwrap(self.trainer.model), "distillation", None)
-        totals = getattr(distillation, "level_totals", {})
-        self.trainer.storage.put_scalars(**{f"fgd/{k}": v.item() for k, v in totals.items()})
+        model = compat.unwrap(self.trainer.model)
+        if getattr(model, "distillation", None) is None:
+            return
+        totals = {f"fgd/{k}": v.item() for k, v in model.distillation.level_totals.items()}
+        values = {name: total * model.factor for name, total in totals.items()}
+        self.trainer.storage.put_scalars(distillation_factor=model.factor, **values)

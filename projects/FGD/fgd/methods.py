@@ -5,8 +5,9 @@ A method is an nn.Module that owns whatever it trains beside the student:
     method = METHOD_REGISTRY.get(name).from_config(cfg, levels)
     losses = method(student_features, teacher_features, boxes, image_sizes, padded_size)
 
-``losses`` maps names to weighted scalars, ready for Detectron2's loss dict. After each call
-``method.level_totals`` maps each level to its detached total, for logging.
+Both feature dicts are keyed by the student's level. ``losses`` maps ``method.loss_names`` to
+weighted scalars, ready for Detectron2's loss dict. After each call ``method.level_totals`` maps
+each level to its detached total, for logging.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .features import Level
 from .fused import fused_terms
-from .losses import FGDLevelLoss, Weights, composed_terms
+from .losses import TERMS, FGDLevelLoss, Weights, composed_terms
 from .masks import cell_weights
 from .sweep import small_dtype
 
@@ -60,6 +61,8 @@ class FGD(nn.Module):
         mask_reference: "padded" or "image", see `fgd.masks.cell_weights`.
         terms: how a level's terms are computed, see `terms_function`.
     """
+
+    loss_names = tuple(f"loss_fgd_{term}" for term in TERMS)
 
     def __init__(
         self,

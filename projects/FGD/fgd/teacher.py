@@ -1,6 +1,6 @@
 """The teacher: built from its own config and weights, frozen, and never part of the student."""
 
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .config import load_config, load_config_text, student_config
 from .errors import UserError
+from .taps import Sources, read_levels
 from .weights import load_complete, read_weights
 
 
@@ -62,6 +63,7 @@ class FrozenTeacher:
         batch_format: channel order of the images that it will be given, the student's.
         precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.
         channels_last: compute in that memory order.
+        sources: what `features` takes, by the student's level; None = all outputs.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class FrozenTeacher:
         batch_format: str,
         precision: str = "float32",
         channels_last: bool = False,
+        sources: Optional[Sources] = None,
     ):
         if sorted(input_format) != sorted(batch_format):
             raise UserError(
@@ -82,6 +85,7 @@ class FrozenTeacher:
         self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
         self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
         self.flip_channels = input_format != batch_format
+        self.sources = sources
 
     @torch.no_grad()
     def features(
@@ -99,7 +103,8 @@ class FrozenTeacher:
         images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
         dtype = self.autocast_dtype
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-            features = self.backbone(images.contiguous(memory_format=self.layout))
+            images = images.contiguous(memory_format=self.layout)
+            features = read_levels(self.backbone, images, self.sources)
         return {name: feature.contiguous() for name, feature in features.items()}
 
     def _normalize(self, image: Tensor, padded_size: Tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import solver
 from ..losses import TERMS
+from ..taps import read_levels
 from .goals import step_goal
 from .memory import trace
 from .timing import Times, alternate, noise, ratio
@@ -147,7 +148,7 @@ def term_changes(
     if "teacher" in work.random:
         return {variant: dict.fromkeys(TERMS) for variant in work.teachers}
     images = work.student.preprocess_image(work.batch)
-    features = work.student.backbone(images.tensor)
+    features = read_levels(work.student.backbone, images.tensor, work.distiller.sources)
     device = images.tensor.device
     boxes = [x["instances"].gt_boxes.tensor.to(device) for x in work.batch]
 

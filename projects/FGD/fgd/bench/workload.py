@@ -12,9 +12,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..config import META_ARCHITECTURE, check_config, student_config
+from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..errors import UserError
 from ..solver import check_solver
+from ..taps import Sources
 from ..teacher import FrozenTeacher, build_teacher, teacher_config
 from ..trainer import load_student_weights
 from .cases import draw_boxes
@@ -62,6 +63,8 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         raise UserError("the step benchmark draws boxes only: set MODEL.MASK_ON, KEYPOINT_ON False")
     check_solver(cfg)
+    # What is measured is a step that distils.
+    cfg.MODEL.DISTILLER.SCHEDULE = get_fgd_cfg().MODEL.DISTILLER.SCHEDULE
     dense = cfg.MODEL.DISTILLER.STUDENT == "RetinaNet"
     classes = (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
     inputs = draw_batch(size, batch, boxes, classes)
@@ -71,7 +74,7 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
         cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = path
         check_config(cfg)
         distiller = build_model(cfg).train()
-        teachers = _teacher_variants(cfg)
+        teachers = _teacher_variants(cfg, distiller.teacher.sources)
     _fill_student(cfg, distiller, inputs, random)
     student = build_model(student_config(cfg)).train()
     student.load_state_dict(distiller.student.state_dict())
@@ -123,7 +126,7 @@ def padded_size(model: nn.Module, inputs: List[dict]) -> Tuple[int, int]:
     return tuple(model.preprocess_image(inputs).tensor.shape[-2:])
 
 
-def _teacher_variants(cfg: CfgNode) -> Dict[Tuple[str, bool], FrozenTeacher]:
+def _teacher_variants(cfg: CfgNode, sources: Sources) -> Dict[Tuple[str, bool], FrozenTeacher]:
     """The config's teacher in each precision and memory order that the device has."""
     precisions = ["float32", "bfloat16"]
     if torch.device(cfg.MODEL.DEVICE).type == "cuda":
@@ -133,7 +136,7 @@ def _teacher_variants(cfg: CfgNode) -> Dict[Tuple[str, bool], FrozenTeacher]:
         model, config = build_teacher(cfg)  # the order belongs to the weights: a model for each
         formats = config.INPUT.FORMAT, cfg.INPUT.FORMAT
         for precision in precisions:
-            teacher = FrozenTeacher(model, *formats, precision, channels_last)
+            teacher = FrozenTeacher(model, *formats, precision, channels_last, sources)
             variants[precision, channels_last] = teacher
     return variants
 
