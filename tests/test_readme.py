@@ -8,8 +8,9 @@ import pytest
 
 from deploy import benchmark, evaluate, export, matrix, predict, trt_lint, verify
 from deploy.serving import triton_repository
-from fgd import cli, study
+from fgd import cli
 from fgd.bench import __main__ as bench
+from fgd.study import __main__ as study
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}

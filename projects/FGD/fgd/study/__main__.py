@@ -1,0 +1,182 @@
+"""Does distillation pay? The same student, schedule and seeds with and without it.
+
+    python -m fgd.study --config-file configs/quick/shapes_fgd_retinanet.yaml \\
+        --teacher configs/quick/shapes_teacher_retinanet.yaml \\
+        --arms student,inherit,inherit+distil,student-long --seeds 0,1,2 --output output/study
+
+trains the teacher once, then every arm with every seed, and writes study.md, study.html and
+study.json. Runs that are finished are not repeated, interrupted ones are resumed: call it again
+after any stop.
+
+Arms: student (alone), inherit (starts from the teacher's neck and head), distil, inherit+distil;
+student-long (alone, for the wall time that distillation took in this study); and ablations of FGD
+that switch off one term (no-foreground ...) or all but one (only-foreground ...), of foreground,
+background, attention and relation.
+
+Exit codes: 0 done, 2 usage, config, path or data, 75 stopped by a signal; otherwise that of the
+first run that failed. The others go on, and the pages then say which is missing.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2 import __version__ as detectron2_version
+from detectron2.config import CfgNode
+
+from ..errors import UserError
+from . import budget
+from .arms import ARMS, LONG, Run, main_arm, plan, study_config
+from .earlier import check_finished
+from .files import is_finished, write_json, write_text
+from .page import html_page, markdown
+from .pictures import draw
+from .report import sections
+from .runs import Failure, Runner, gpus
+from .summary import changes, summarize
+
+STOPPED = 75  # by a signal; call again
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fgd.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, help="config of the distilled student")
+    parser.add_argument(
+        "--teacher",
+        default="",
+        help="config of the teacher, to train it first; without it MODEL.DISTILLER.TEACHER.WEIGHTS "
+        "is used and evaluated",
+    )
+    parser.add_argument("--arms", default="student,inherit+distil", help=", ".join(ARMS))
+    parser.add_argument("--seeds", default="0", help="for example 0,1,2")
+    parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="runs side by side; 0 = one per GPU, without GPUs 1"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="per run; 0 = cores / jobs")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="of the test images, to test changes of AP"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing: pages of the runs that are finished"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every run")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the study, write and print its report; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _study(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; what is finished stays, the same command goes on", file=sys.stderr)
+        return STOPPED
+
+
+def _study(args: argparse.Namespace) -> int:
+    opts = _options(args.opts)
+    arms = args.arms.split(",")
+    cfg = study_config(args.config_file, opts)
+    runs = plan(args.config_file, args.teacher, arms, _seeds(args.seeds), args.output, opts)
+    check_finished(runs)
+    failures: List[Failure] = []
+    if not args.report:
+        devices = gpus(cfg.MODEL.DEVICE)
+        jobs = args.jobs or len(devices) or 1
+        threads = args.threads or max(1, (os.cpu_count() or 1) // jobs)
+        failures = Runner(runs, cfg, args.output, jobs, threads, devices).run_all()
+    if not any(is_finished(run) for run in runs):
+        print("error: no run has finished, so there is nothing to report", file=sys.stderr)
+        return failures[0].exit_code if failures else UserError.exit_code
+    report(args, runs, cfg, failures)
+    return failures[0].exit_code if failures else 0
+
+
+def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] = ()) -> None:
+    """Write study.json, study.md, study.html and their pictures; print the tables."""
+    main, output = main_arm(cfg), args.output
+    study = collect(args, runs, cfg, failures)
+    write_json(output / "study.json", study)
+    found = sections(study, draw(runs, study["arms"], main, output))
+    write_text(output / "study.html", html_page(found))
+    write_text(output / "study.md", markdown(found))
+    print(markdown([section._replace(picture=None) for section in found if not section.picture]))
+    print(f"{output / 'study.html'}")
+
+
+def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]) -> Dict[str, Any]:
+    """All that the pages say: {"facts", "failed", "arms", "changes", "test", "budget"}."""
+    failed = {failure.run: str(failure) for failure in failures}
+    missing = [failed.get(run, f"{run}: not run") for run in runs if not is_finished(run)]
+    measured = None
+    if any(run.arm == LONG and is_finished(run) for run in runs):
+        measured = budget.long_budget(runs, cfg, args.output)
+    return {
+        "facts": _facts(args, cfg, measured),
+        "failed": missing,
+        "arms": summarize(runs),
+        "budget": measured,
+        "changes": changes(runs, main_arm(cfg), cfg, args.resamples),
+        "test": _test_text(args.resamples),
+    }
+
+
+def _facts(args, cfg: CfgNode, measured: Optional[dict]) -> List[str]:
+    teacher = args.teacher or cfg.MODEL.DISTILLER.TEACHER.WEIGHTS or "none"
+    lines = [
+        f"{args.config_file}; teacher {teacher}; seeds {args.seeds}"
+        + (f"; {' '.join(args.opts)}" if args.opts else "")
+        + ".",
+        f"All arms have the data, the schedule ({cfg.SOLVER.MAX_ITER} iterations of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images) and the seeds in common.",
+    ]
+    if measured:
+        seconds = ", ".join(f"{arm} {s:.3f} s" for arm, s in measured["seconds"].items())
+        lines.append(
+            f"{LONG}: {measured['iterations']} iterations, as many as fit into the time of "
+            f"{measured['arm']}: its steps took {measured['ratio']:.2f} times as long (median per "
+            f"iteration: {seconds}); warm-up and steps of the schedule are stretched alike. The "
+            "teacher's own training is not in that time."
+        )
+    versions = f"PyTorch {torch.__version__}, Detectron2 {detectron2_version}"
+    return [*lines, f"{versions}, {cfg.MODEL.DEVICE}."]
+
+
+def _test_text(resamples: int) -> List[str]:
+    return [
+        f"Paired bootstrap over the test images: both arms on the same {resamples} resampled sets. "
+        "It covers which images are tested, not which seeds were trained: their spread is the ± "
+        "above. p is two-sided, at least "
+        f"{2 / (1 + resamples):.3f}, and not corrected for the number of rows."
+    ]
+
+
+def _options(words: Sequence[str]) -> Dict[str, str]:
+    if len(words) % 2:
+        raise UserError(f"options come in pairs of KEY VALUE, found {' '.join(words)!r}")
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _seeds(text: str) -> List[int]:
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds: {text!r} is not numbers with commas, such as 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds: {text} names a seed twice")
+    return seeds
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""A study goes on with the runs that are there, if they are what is asked for now."""
+
+from typing import Dict, Sequence
+
+from detectron2.config import CfgNode
+
+from ..config import load_config, load_config_text
+from ..errors import UserError
+from .arms import LONG, Run
+from .files import is_finished
+
+# What leaves the results of a run as they are. A study may be moved to another place.
+_HARMLESS = (
+    "OUTPUT_DIR",
+    "MODEL.DISTILLER.TEACHER.WEIGHTS",
+    "DATASETS.SHAPES.ROOT",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.KEEP_CHECKPOINTS",
+    "VIS_PERIOD",
+)
+
+
+def check_finished(runs: Sequence[Run]) -> None:
+    """Raise UserError if a run that is there already had another config than is now asked for."""
+    for run in runs:
+        stored = run.folder / "config.yaml"
+        if run.eval_only or not is_finished(run) or not stored.exists():
+            continue
+        options = {"SEED": str(run.seed), **run.opts}
+        now = load_config(run.config_file, [word for pair in options.items() for word in pair])
+        now = load_config_text(
+            now.dump(), run.config_file
+        )  # a tuple inside a tuple turns to a list
+        changes = _differences(load_config(str(stored)), now)
+        if run.arm == LONG:  # its schedule is in the study's own file
+            changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
+        if changes:
+            raise UserError(
+                f"{run}: finished in {run.folder} with another config "
+                f"({'; '.join(changes.values())}); use another --output, or delete that folder"
+            )
+
+
+def _differences(before: CfgNode, now: CfgNode, prefix: str = "") -> Dict[str, str]:
+    """Keys that bear on results and differ, as "KEY: before -> now"."""
+    found: Dict[str, str] = {}
+    for key in now.keys() & before.keys():
+        name, old, new = prefix + key, before[key], now[key]
+        if isinstance(new, CfgNode) and isinstance(old, CfgNode):
+            found.update(_differences(old, new, f"{name}."))
+        elif old != new and name not in _HARMLESS:
+            found[name] = f"{name}: {old} -> {new}"
+    return dict(sorted(found.items()))

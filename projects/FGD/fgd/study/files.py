@@ -1,0 +1,35 @@
+"""What a study reads and writes in its folders."""
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from ..checkpoint import atomic_write
+from .arms import Run
+
+RESULTS, MINUTES, CONSOLE = "results.json", "minutes.json", "console.txt"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(str(path), lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def is_finished(run: Run) -> bool:
+    return (run.folder / RESULTS).exists()
+
+
+def read_minutes(run: Run) -> Optional[float]:
+    """Wall time of all attempts at a run; None if nobody took it."""
+    path = run.folder / MINUTES
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_result(run: Run) -> dict:
+    """results.json of a finished run: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
+    return json.loads((run.folder / RESULTS).read_text())

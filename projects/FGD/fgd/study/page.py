@@ -1,0 +1,56 @@
+"""A report as Markdown, and as one HTML file that refers to nothing outside itself."""
+
+import base64
+from html import escape
+from typing import Sequence
+
+from tabulate import tabulate
+
+from .report import Section
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% }
+"""
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """Pictures are linked: they lie beside the file."""
+    parts = []
+    for level, section in enumerate(sections):
+        parts += [f"{'##' if level else '#'} {section.title}", *section.text]
+        if section.table:
+            headers, *rows = [[c.replace("|", "\\|") for c in line] for line in section.table]
+            parts.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+        if section.picture:
+            parts.append(f"![{section.title}]({section.picture.name})")
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(sections: Sequence[Section]) -> str:
+    """Pictures are inside."""
+    body = "".join(_html(section, "h2" if i else "h1") for i, section in enumerate(sections))
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(sections[0].title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def _html(section: Section, heading: str) -> str:
+    parts = [f"<{heading}>{escape(section.title)}</{heading}>"]
+    parts += [f"<p>{escape(line)}</p>" for line in section.text]
+    if section.table:
+        head, *rows = (
+            "<tr>" + "".join(f"<{cell}>{escape(c)}</{cell}>" for c in line) + "</tr>"
+            for cell, line in zip(["th"] + ["td"] * len(section.table), section.table)
+        )
+        parts.append(f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>")
+    if section.picture:
+        data = base64.b64encode(section.picture.read_bytes()).decode()
+        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+    return "".join(parts)

@@ -1,0 +1,118 @@
+"""Pictures of a study: AP of each seed, losses, and what teacher and student attend to."""
+
+import copy
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from matplotlib.figure import Figure
+
+from ..config import load_config
+from ..data.datasets import register_from_config
+from ..distiller import Distiller
+from ..visualize import attention_figure, level_maps, loss_figure
+from ..weights import load_complete, read_weights
+from .arms import TEACHER, Run
+from .files import is_finished
+
+_DPI = 110
+
+
+def draw(
+    runs: Sequence[Run], rows: Sequence[dict], main: str, output: Path, images: int = 2
+) -> Dict[str, Path]:
+    """Caption → PNG in ``output``, of what has finished.
+
+    Args:
+        rows: of `summarize`. main: the arm whose attention is shown, on so many test images.
+    """
+    done = [run for run in runs if is_finished(run)]
+    found = {"AP of each seed, boxes": _save(ap_figure(rows), output / "ap.png")}
+    first = min((run.seed for run in done if run.arm != TEACHER), default=0)
+    curves = {
+        run.arm: run.folder / "metrics.json"
+        for run in done
+        if run.arm != TEACHER and run.seed == first and (run.folder / "metrics.json").exists()
+    }
+    if curves:
+        caption = f"Losses over the iterations, seed {first}"
+        figure = loss_figure(curves, ("total_loss", "loss_", "fgd/"))
+        found[caption] = _save(figure, output / "losses.png")
+    distilled = [run for run in done if run.arm == main]
+    for i, figure in enumerate(attention(distilled[0], images) if distilled else ()):
+        caption = f"Attention on a test image ({distilled[0]}), {i + 1} of {images}"
+        found[caption] = _save(figure, output / f"attention_{i + 1}.png")
+    return found
+
+
+def ap_figure(rows: Sequence[dict]) -> Figure:
+    """A dot per seed and a line at the mean, arm by arm."""
+    rows = [row for row in rows if row.get("bbox", {}).get("AP", {}).get("mean") is not None]
+    figure = Figure(figsize=(7, 0.6 + 0.4 * max(1, len(rows))), layout="constrained")
+    axis = figure.subplots()
+    for i, row in enumerate(rows):
+        each = row["bbox"]["AP"]["each"]
+        axis.plot(each, [i] * len(each), "o", color="C0", alpha=0.7)
+        axis.plot([row["bbox"]["AP"]["mean"]] * 2, [i - 0.3, i + 0.3], color="black")
+    axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("AP")
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def attention(run: Run, images: int) -> List[Figure]:
+    """Masks and attention of the trained student and its teacher on test images with objects.
+
+    Empty for other methods than FGD.
+    """
+    options = {**run.opts, "OUTPUT_DIR": str(run.folder)}
+    cfg = load_config(run.config_file, [word for pair in options.items() for word in pair])
+    if cfg.MODEL.DISTILLER.METHOD != "FGD":
+        return []
+    distiller = trained_distiller(cfg, run.folder / "model_final.pth")
+    return [
+        attention_figure(
+            inputs["image"].permute(1, 2, 0).numpy()[:, :, :: -1 if _is_bgr(cfg) else 1],
+            inputs["instances"].gt_boxes.tensor,
+            level_maps(distiller, inputs),
+        )
+        for inputs in labelled_inputs(cfg, images)
+    ]
+
+
+def trained_distiller(cfg: CfgNode, checkpoint: Path) -> Distiller:
+    """The distiller of a config with the student and the trained modules of a checkpoint."""
+    with torch.random.fork_rng():
+        distiller = Distiller(cfg)
+    load_complete(distiller.student, str(checkpoint))
+    distiller.distillation.load_state_dict(read_weights(str(checkpoint))["distiller"])
+    return distiller
+
+
+def labelled_inputs(cfg: CfgNode, images: int) -> List[dict]:
+    """Mapped dicts of test images with objects, evenly spaced, at the size of the test.
+
+    The mapper is the training's, because only that reads objects, without its random flip.
+    """
+    cfg = register_from_config(cfg, ("TEST",)).clone()
+    cfg.defrost()
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
+    cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
+    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
+    records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
+    mapper = DatasetMapper(cfg, is_train=True)
+    chosen = records[:: max(1, len(records) // images)][:images] if images else []
+    return [mapper(copy.deepcopy(record)) for record in chosen]
+
+
+def _is_bgr(cfg: CfgNode) -> bool:
+    return cfg.INPUT.FORMAT == "BGR"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    return path

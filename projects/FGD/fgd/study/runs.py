@@ -1,0 +1,224 @@
+"""Runs the runs: side by side, one GPU each, in processes of their own that can be stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Sequence
+
+import torch
+from detectron2.config import CfgNode
+
+from ..errors import UserError
+from ..teacher import teacher_config
+from . import budget
+from .arms import LONG, TEACHER, Run
+from .files import (
+    CONSOLE,
+    MINUTES,
+    is_finished,
+    read_minutes,
+    read_result,
+    write_json,
+    write_text,
+)
+
+_POLL = 0.1  # seconds
+_STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # by a signal; nothing is wrong
+
+
+class Failure(NamedTuple):
+    """A run without results: why, its exit code, and whether only a signal stopped it."""
+
+    run: Run
+    reason: str
+    exit_code: int
+    stopped: bool = False
+
+    def __str__(self) -> str:
+        state = "stopped" if self.stopped else "FAILED"
+        return f"{state}: {self.run}: {self.reason} (log: {self.run.folder / CONSOLE})"
+
+
+class Job(NamedTuple):
+    run: Run
+    process: subprocess.Popen
+    gpu: str  # "" = none
+    started: float
+
+
+def gpus(device: str, environ: Mapping[str, str] = os.environ) -> List[str]:
+    """GPUs that runs may be spread over, as CUDA_VISIBLE_DEVICES names them.
+
+    [] on a CPU, and where the config itself names the GPU ("cuda:1").
+    """
+    if device != "cuda":
+        return []
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return [name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+class Runner:
+    """Trains runs, those first that others need; one that fails does not stop the others.
+
+    Args:
+        runs: all of the study, in the order in which they are started.
+        jobs: how many at a time. gpus: names to spread them over; [] = no GPU is assigned.
+        threads: OMP_NUM_THREADS of each.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        cfg: CfgNode,
+        output: Path,
+        jobs: int = 1,
+        threads: int = 1,
+        gpus: Sequence[str] = (),
+    ):
+        self.runs, self.cfg, self.output = runs, cfg, output
+        self.jobs, self.threads, self.gpus = jobs, threads, list(gpus)
+        self.waiting: List[Run] = []
+        self.running: List[Job] = []
+        self.failures: List[Failure] = []
+
+    def run_all(self) -> List[Failure]:
+        """Train what is not finished; returns the runs without results, empty if all went well.
+
+        On SIGINT or SIGTERM the running ones are told to save and stop, and KeyboardInterrupt is
+        raised once they have.
+        """
+        for run in self.runs:
+            if is_finished(run):
+                _announce(run)
+            else:
+                self.waiting.append(run)
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            while self.waiting or self.running:
+                self._start_ready()
+                self._collect()
+        finally:
+            self._stop()
+            signal.signal(signal.SIGTERM, previous)
+        return self.failures
+
+    def _start_ready(self) -> None:
+        busy = {r.arm for r in self.waiting} | {job.run.arm for job in self.running}
+        for run in list(self.waiting):
+            if len(self.running) == self.jobs:
+                return
+            if busy & set(run.needs):
+                continue
+            self.waiting.remove(run)
+            try:
+                self.running.append(self._start(run))
+            except UserError as error:
+                self._fail(Failure(run, str(error), error.exit_code))
+
+    def _start(self, run: Run) -> Job:
+        lost = [f for f in self.failures if f.run.arm == TEACHER and TEACHER in run.needs]
+        if lost:
+            raise UserError("not started, there is no teacher")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        gpu = self._free_gpu()
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with open(run.folder / CONSOLE, "a") as console:
+            process = subprocess.Popen(
+                self.command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Ctrl-C goes to the study alone, which then stops each run once.
+                start_new_session=True,
+            )
+        return Job(run, process, gpu, time.perf_counter())
+
+    def _free_gpu(self) -> str:
+        """The GPU with the fewest runs on it; "" without GPUs."""
+        used = [job.gpu for job in self.running]
+        return min(self.gpus, key=used.count, default="")
+
+    def command(self, run: Run) -> List[str]:
+        """The training command of a run, as a shell would take it.
+
+        Raises:
+            UserError: nothing says how long `student-long` is; or the teacher has no config.
+        """
+        options = {"SEED": str(run.seed), "OUTPUT_DIR": str(run.folder), **run.opts}
+        if run.arm == LONG:
+            measured = budget.long_budget(self.runs, self.cfg, self.output)
+            options.update(budget.long_schedule(measured, self.cfg))
+        words = [sys.executable, "-c", "from fgd.cli import main; raise SystemExit(main())"]
+        if run.eval_only:
+            write_text(Path(run.config_file), _evaluated_config(self.cfg))
+            words.append("--eval-only")
+        else:
+            words.append("--resume")
+        words += ["--config-file", run.config_file]
+        return words + [word for pair in options.items() for word in pair]
+
+    def _collect(self) -> None:
+        """Wait a moment, then take what has ended."""
+        time.sleep(_POLL)
+        for job in list(self.running):
+            code = job.process.poll()
+            if code is None:
+                continue
+            self.running.remove(job)
+            _add_minutes(job)
+            if code == 0 and is_finished(job.run):
+                _announce(job.run)
+                continue
+            log = (job.run.folder / CONSOLE).read_text(errors="replace").strip().splitlines()
+            reason = f"exit code {code}: {log[-1] if log else 'no output'}"
+            # A negative code is the number of the signal that killed it; a shell adds it to 128.
+            number = code if code >= 0 else 128 - code
+            self._fail(Failure(job.run, reason, number, code in _STOPPED))
+
+    def _fail(self, failure: Failure) -> None:
+        self.failures.append(failure)
+        print(failure, file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        """SIGTERM to what still runs, and wait until it has saved; nothing if all have ended."""
+        for job in self.running:
+            job.process.send_signal(signal.SIGTERM)
+        for job in self.running:
+            job.process.wait()
+            _add_minutes(job)
+            print(f"stopped: {job.run} (log: {job.run.folder / CONSOLE})", file=sys.stderr)
+        self.running = []
+
+
+def _add_minutes(job: Job) -> None:
+    spent = (time.perf_counter() - job.started) / 60
+    write_json(job.run.folder / MINUTES, (read_minutes(job.run) or 0.0) + spent)
+
+
+def _announce(run: Run) -> None:
+    result = read_result(run)
+    found = [f"{kind} AP {_one_place(result[kind]['AP'])}" for kind in kinds(result)]
+    print(f"{run}: {', '.join(found) or 'nothing evaluated'} in {run.folder}", flush=True)
+
+
+def _one_place(value) -> str:
+    return "none" if value is None else f"{value:.1f}"
+
+
+def kinds(result: Dict) -> List[str]:
+    """What a results.json has: "bbox" for boxes, "segm" for masks."""
+    return [kind for kind in ("bbox", "segm") if kind in result]
+
+
+def _evaluated_config(cfg: CfgNode) -> str:
+    """The teacher's own config on the study's data."""
+    teacher = teacher_config(cfg)
+    teacher.DATASETS = cfg.DATASETS.clone()
+    return teacher.dump()

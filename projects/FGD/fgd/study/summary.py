@@ -1,0 +1,133 @@
+"""The figures of a study: AP of every arm over its seeds, and the changes between arms."""
+
+import json
+import statistics
+from collections import defaultdict
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..data.datasets import coco_ground_truth, register_from_config
+from ..errors import UserError
+from .arms import ABLATIONS, LONG, STUDENT, TEACHER, Run
+from .bootstrap import ALL, compare, replicates, resampled_sets
+from .files import is_finished, read_minutes, read_result
+from .matches import index_truth, match
+from .runs import kinds
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_DETECTIONS = "inference/coco_instances_results.json"
+
+
+def spread(values: Sequence[Optional[float]]) -> dict:
+    """{"each", "mean", "sd"}; the deviation is of the sample, None for a single value.
+
+    A metric that is undefined (None: no true object of that size) is so for all seeds.
+    """
+    if any(value is None for value in values):
+        return {"each": list(values), "mean": None, "sd": None}
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"each": list(values), "mean": statistics.mean(values), "sd": sd}
+
+
+def gap_closed(arm: float, student: float, teacher: float) -> Optional[float]:
+    """Percent of the way from the student alone to its teacher; None if that is not ahead."""
+    return 100 * (arm - student) / (teacher - student) if teacher > student else None
+
+
+def summarize(runs: Sequence[Run]) -> List[dict]:
+    """One row per arm that has finished runs, in the order of ``runs``.
+
+    Returns:
+        {"arm", "seeds", "iterations", "minutes": mean or None, and per kind ("bbox", "segm"):
+        {metric: `spread`, "gap closed": percent or None}}; metrics include "AP-<class>".
+    """
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        done = [run for run in runs if run.arm == arm and is_finished(run)]
+        if not done:
+            continue
+        results = [read_result(run) for run in done]
+        minutes = [m for m in map(read_minutes, done) if m is not None]
+        row = {
+            "arm": arm,
+            "seeds": [run.seed for run in done],
+            "iterations": results[0]["iteration"],
+            "minutes": statistics.mean(minutes) if minutes else None,
+        }
+        for kind in kinds(results[0]):
+            names = results[0][kind]
+            row[kind] = {name: spread([r[kind][name] for r in results]) for name in names}
+        rows.append(row)
+    _add_gaps({row["arm"]: row for row in rows})
+    return rows
+
+
+def _add_gaps(rows: Dict[str, dict]) -> None:
+    """Fill in "gap closed" where student, teacher and the arm itself have the AP."""
+    for arm, row in rows.items():
+        for kind in kinds(row):
+            involved = [rows[a][kind]["AP"]["mean"] for a in (arm, STUDENT, TEACHER) if a in rows]
+            usable = len(involved) == 3 and None not in involved and arm not in (STUDENT, TEACHER)
+            row[kind]["gap closed"] = gap_closed(*involved) if usable else None
+
+
+def pairs(arms: Sequence[str], main: str) -> List[Tuple[str, str]]:
+    """Which arms are compared: each with the student alone, the main arm with the student that had
+    its time, and each ablation with the main arm."""
+    found = [(arm, STUDENT) for arm in arms if arm not in (STUDENT, TEACHER)]
+    found += [(main, LONG)] + [(arm, main) for arm in arms if arm in ABLATIONS]
+    return [(arm, against) for arm, against in found if arm in arms and against in arms]
+
+
+def changes(runs: Sequence[Run], main: str, cfg: CfgNode, resamples: int) -> Dict[str, List[dict]]:
+    """kind → rows of `bootstrap.compare`, from the detections that the runs have saved.
+
+    Raises:
+        UserError: detections are missing, or are not those of the run's results.
+    """
+    done = [run for run in runs if is_finished(run) and run.arm != TEACHER]
+    compared = pairs(list(dict.fromkeys(run.arm for run in done)), main)
+    wanted = {arm for pair in compared for arm in pair}
+    if not compared:
+        return {}
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(done[0].folder)  # generated sets are there
+    truth = index_truth(ground_truth(cfg))
+    sets = resampled_sets(len(truth.imgs), resamples)
+    found: Dict[str, Dict] = defaultdict(dict)
+    for run in done:
+        if run.arm in wanted:
+            detections, result = _detections(run), read_result(run)
+            for kind in kinds(result):
+                of_run = replicates(match(truth, detections, kind), sets)
+                _check_same(run, kind, of_run[ALL][0], result[kind]["AP"])
+                found[kind][run.arm, run.seed] = of_run
+    return {kind: compare(of_runs, compared) for kind, of_runs in found.items()}
+
+
+def ground_truth(cfg: CfgNode) -> dict:
+    """The test set as a COCO dict, the one that Detectron2's evaluation uses."""
+    (name,) = register_from_config(cfg, ("TEST",)).DATASETS.TEST
+    file = MetadataCatalog.get(name).get("json_file")
+    if not file:
+        return coco_ground_truth(name)
+    with open(file) as content:
+        return json.load(content)
+
+
+def _detections(run: Run) -> List[dict]:
+    path = run.folder / _DETECTIONS
+    if not path.exists():
+        raise UserError(f"{run}: {path} is missing, so changes cannot be tested")
+    return json.loads(path.read_text())
+
+
+def _check_same(run: Run, kind: str, found: float, reported: Optional[float]) -> None:
+    """Another evaluation into the same folder would leave detections that are not the results'."""
+    if reported is None or not abs(found - reported) < 0.01:
+        raise UserError(
+            f"{run}: results.json says {kind} AP {reported}, but the saved detections give "
+            f"{found:.4f}; evaluate it again (train_net.py --eval-only)"
+        )

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from fgd.errors import UserError
+from fgd.study.arms import main_arm, plan, study_config
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
+TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
+
+
+def test_arms_differ_in_the_distillation_alone(tmp_path):
+    arms = ["student", "inherit", "distil", "inherit+distil"]
+    runs = plan(CONFIG, "teacher.yaml", arms, [0, 1], tmp_path, {"INPUT.FORMAT": "RGB"})
+    assert [str(r) for r in runs[:3]] == ["teacher", "student, seed 0", "student, seed 1"]
+    by_name = {str(r): r for r in runs}
+    assert len(by_name) == len(runs) == 9 == len({r.folder for r in runs})
+    student, distil = by_name["student, seed 0"], by_name["distil, seed 1"]
+    assert by_name["teacher"].opts == {"INPUT.FORMAT": "RGB"}
+    assert student.opts == {"INPUT.FORMAT": "RGB", "MODEL.META_ARCHITECTURE": "RetinaNet"}
+    weights = {"MODEL.DISTILLER.TEACHER.WEIGHTS": str(tmp_path / "teacher" / "model_final.pth")}
+    assert distil.opts == {"INPUT.FORMAT": "RGB", "MODEL.DISTILLER.INHERIT": "False", **weights}
+    assert by_name["inherit+distil, seed 0"].opts["MODEL.DISTILLER.INHERIT"] == "True"
+    assert by_name["inherit, seed 0"].opts["MODEL.DISTILLER.METHOD"] == ""
+    assert student.needs == () and distil.needs == ("teacher",)
+    assert distil.folder == tmp_path / "distil_1"
+
+
+def test_ablations_switch_single_terms():
+    runs = plan(CONFIG, "", ["no-attention", "only-attention"], [0], Path("out"), TEACHER)
+    teacher, without, alone = (
+        {k: v for k, v in run.opts.items() if k.endswith("_WEIGHT")} for run in runs
+    )
+    fgd = "MODEL.DISTILLER.FGD."
+    assert without == {f"{fgd}ATTENTION_WEIGHT": "0.0"}
+    rest = ("FOREGROUND", "BACKGROUND", "RELATION")
+    assert alone == {f"{fgd}{term}_WEIGHT": "0.0" for term in rest}
+    for run in runs[1:]:
+        cfg = study_config(CONFIG, run.opts)  # the options are valid
+        assert cfg.MODEL.DISTILLER.INHERIT  # the config's own choice
+
+
+def test_a_teacher_that_is_there_is_evaluated_and_nobody_waits_for_it():
+    teacher, distil = plan(CONFIG, "", ["distil"], [0], Path("out"), TEACHER)
+    assert teacher.eval_only and teacher.opts == {"MODEL.WEIGHTS": "t.pth"}
+    assert distil.needs == () and distil.opts["MODEL.DISTILLER.TEACHER.WEIGHTS"] == "t.pth"
+
+
+def test_the_long_student_waits_for_the_two_whose_time_it_needs():
+    arms = ["student-long", "student", "inherit+distil"]
+    runs = plan(CONFIG, "t.yaml", arms, [0, 1], Path("out"), {})
+    assert [r.arm for r in runs][-2:] == ["student-long"] * 2  # they start last
+    assert runs[-1].needs == ("student", "inherit+distil")
+    assert runs[-1].opts == {"MODEL.META_ARCHITECTURE": "RetinaNet"}
+
+
+@pytest.mark.parametrize(
+    ("arms", "opts", "message"),
+    [
+        (["magic"], TEACHER, "magic unknown; there are student, inherit"),
+        (["distil"], {}, "no teacher"),
+        (["student", "student"], {}, "names an arm twice"),
+        (["student-long"], {}, "so add student and inherit.distil"),
+        (
+            ["no-relation"],
+            {**TEACHER, "MODEL.DISTILLER.METHOD": "MGD"},
+            "terms of FGD, but .*'MGD'",
+        ),
+        (["student"], {"DATASETS.TEST": "('a', 'b')"}, "one test set, found"),
+        (["student"], {"MODEL.NOTHING": "1"}, "MODEL.NOTHING"),
+    ],
+)
+def test_refuses_what_cannot_be_run(arms, opts, message):
+    with pytest.raises(UserError, match=message):
+        plan(CONFIG, "", arms, [0], Path("out"), opts)
+
+
+def test_a_student_alone_needs_no_teacher():
+    assert len(plan(CONFIG, "", ["student"], [0], Path("out"), {})) == 1
+
+
+def test_the_main_arm_is_the_config_as_it_stands():
+    assert main_arm(study_config(CONFIG, {})) == "inherit+distil"
+    assert main_arm(study_config(CONFIG, {"MODEL.DISTILLER.INHERIT": "False"})) == "distil"

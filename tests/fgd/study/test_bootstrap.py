@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from fgd.study.bootstrap import ALL, change, compare, replicates, resampled_sets
+from fgd.study.matches import index_truth, match
+
+IMAGES = 40
+
+
+def planted(rate, seed):
+    """A model that finds each image's only object exactly with this probability, else a corner."""
+    random = np.random.default_rng(seed)
+    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    detections = []
+    for i in range(1, IMAGES + 1):
+        truth["images"].append({"id": i, "width": 64, "height": 64})
+        fields = {"id": i, "image_id": i, "category_id": 1, "area": 400, "iscrowd": 0}
+        truth["annotations"].append({**fields, "bbox": [10, 10, 20, 20]})
+        box = [10, 10, 20, 20] if random.random() < rate else [40, 40, 20, 20]
+        score = float(random.random())
+        detections.append({"image_id": i, "category_id": 1, "bbox": box, "score": score})
+    return match(index_truth(truth), detections, "bbox")
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return resampled_sets(IMAGES, 300)
+
+
+def test_sets_are_the_real_one_and_reproducible_draws(sets):
+    assert (sets[0] == 1).all() and (sets.sum(axis=1) == IMAGES).all()
+    np.testing.assert_array_equal(sets, resampled_sets(IMAGES, 300))
+    assert (sets[1:] != resampled_sets(IMAGES, 300, seed=1)[1:]).any()
+    assert sets[1:].std() == pytest.approx(1, abs=0.05)  # of a Poisson, nearly
+
+
+def test_the_same_model_has_not_changed(sets):
+    same = replicates(planted(0.6, 0), sets)
+    found = change([same[ALL]], [same[ALL]])
+    assert found.difference == found.low == found.high == 0 and found.p == 1
+
+
+def test_a_clearly_better_model_is_found_and_the_sign_is_right(sets):
+    good, bad = (replicates(planted(rate, 1), sets) for rate in (0.95, 0.3))
+    better, worse = change([good[ALL]], [bad[ALL]]), change([bad[ALL]], [good[ALL]])
+    assert 0 < better.low < better.difference < better.high
+    assert better.p == pytest.approx(2 / 301)  # the smallest there is
+    assert worse.high < 0 and worse.difference == -better.difference and worse.p == better.p
+
+
+def test_chance_is_called_so(sets):
+    """Models of one quality on their own luck: about 5 % of such tests may say otherwise."""
+    models = [replicates(planted(0.6, seed), sets)[ALL] for seed in range(2, 22)]
+    found = [change([a], [b]) for a, b in zip(models[::2], models[1::2])]
+    assert sum(f.low <= 0 <= f.high for f in found) >= 8
+    assert sum(f.p > 0.05 for f in found) >= 8
+
+
+def test_it_is_paired(sets):
+    """A small gain on every hard image is certain, though both models vary a lot over images."""
+    random = np.random.default_rng(0)
+    level = 100 * random.random(301)
+    found = change([level + 1], [level])
+    assert found.low == pytest.approx(1) and found.high == pytest.approx(1) and found.p < 0.01
+
+
+def test_seeds_are_averaged():
+    a = [np.array([10.0, 10, 10]), np.array([20.0, 20, 20])]
+    b = [np.array([12.0, 12, 12]), np.array([14.0, 14, 14])]
+    assert change(a, b)[:3] == (2, 2, 2)
+
+
+def test_sets_without_the_class_do_not_count():
+    found = change([np.array([5.0, np.nan, 6, 4])], [np.array([1.0, np.nan, 1, 1])])
+    assert found.difference == 4 and 3 <= found.low < found.high <= 5
+    assert np.isnan(change([np.full(4, np.nan)], [np.full(4, np.nan)])).all()
+
+
+def test_compare_uses_the_seeds_that_both_arms_have():
+    of_runs = {
+        (arm, seed): {ALL: np.full(3, value + seed), "thing": np.full(3, value)}
+        for arm, seed, value in (("a", 0, 5.0), ("a", 1, 7.0), ("b", 1, 1.0), ("b", 2, 9.0))
+    }
+    rows = compare(of_runs, [("a", "b"), ("a", "missing")])
+    assert [(r["class"], r["seeds"], r["difference"]) for r in rows] == [
+        (ALL, [1], 6),
+        ("thing", [1], 6),
+    ]

@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fgd.study.arms import plan, study_config
+from fgd.study.runs import Runner, gpus
+
+from .finished import finish
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
+WRITE = """
+import json, os, sys
+os.chdir(sys.argv[1])
+json.dump({"iteration": 1, "bbox": {"AP": 7.25}}, open("results.json", "w"))
+open("gpu", "w").write(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+"""
+FAIL = "print('no such cow'); raise SystemExit(3)"
+# Saves when told to stop, as a training does; says first that it is ready.
+SAVE = """
+import signal, sys, time
+def stop(*_):
+    open(sys.argv[1] + "/saved", "w"); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+open(sys.argv[1] + "/ready", "w"); time.sleep(60)
+"""
+
+
+class Scripted(Runner):
+    """Runs small scripts in place of trainings: {str(run): script}, `WRITE` by default."""
+
+    scripts = {}
+
+    def command(self, run):
+        super().command(run)  # its errors are the study's
+        return [sys.executable, "-c", self.scripts.get(str(run), WRITE), str(run.folder)]
+
+
+def make(tmp_path, arms, seeds=(0,), scripts=None, **options):
+    runs = plan(CONFIG, "t.yaml", arms, seeds, tmp_path, {})
+    runner = Scripted(runs, study_config(CONFIG, {}), tmp_path, **options)
+    runner.scripts = scripts or {}
+    return runner
+
+
+def test_finished_runs_are_not_repeated_and_the_rest_is_run(tmp_path, capsys):
+    runner = make(tmp_path, ["student", "distil"], scripts={"teacher": FAIL})
+    finish(runner.runs[0], 70.0)  # so it is not run, and does not fail
+    assert runner.run_all() == []
+    out = capsys.readouterr().out
+    assert "teacher: bbox AP 70.0 in" in out and "distil, seed 0: bbox AP 7.2 in" in out
+    assert json.loads((tmp_path / "distil_0" / "minutes.json").read_text()) > 0
+    assert runner.run_all() == []  # nothing is left
+
+
+def test_one_failed_run_is_named_and_the_others_go_on(tmp_path, capsys):
+    scripts = {"student, seed 0": FAIL}
+    runner = make(tmp_path, ["student", "distil"], (0, 1), scripts, jobs=2)
+    (failure,) = runner.run_all()
+    assert failure.exit_code == 3 and not failure.stopped
+    log = tmp_path / "student_0" / "console.txt"
+    assert str(failure) == f"FAILED: student, seed 0: exit code 3: no such cow (log: {log})"
+    assert str(failure) in capsys.readouterr().err and "no such cow" in log.read_text()
+    done = [run for run in runner.runs if (run.folder / "results.json").exists()]
+    assert len(done) == 4
+
+
+def test_a_run_that_writes_no_results_has_failed(tmp_path):
+    (failure,) = make(
+        tmp_path, ["student"], scripts={"student, seed 0": "pass", "teacher": WRITE}
+    ).run_all()
+    assert failure.reason == "exit code 0: no output"
+
+
+def test_without_teacher_only_the_student_runs(tmp_path):
+    failures = make(tmp_path, ["student", "distil"], scripts={"teacher": FAIL}).run_all()
+    assert [str(f.run) for f in failures] == ["teacher", "distil, seed 0"]
+    assert "there is no teacher" in failures[1].reason
+    assert (tmp_path / "student_0" / "results.json").exists()
+    assert not (tmp_path / "distil_0").exists()
+
+
+def test_the_long_student_needs_times(tmp_path):
+    """The scripts leave no metrics.json, so nothing says how long a step takes."""
+    arms = ["student", "inherit+distil", "student-long"]
+    (failure,) = make(tmp_path, arms, jobs=4).run_all()
+    assert failure.run.arm == "student-long" and "how long a step takes" in failure.reason
+
+
+def test_the_long_student_is_trained_for_the_measured_time(tmp_path):
+    runner = make(tmp_path, ["student", "inherit+distil", "student-long"])
+    for run in runner.runs[:-1]:
+        finish(run, step=0.5 if run.arm == "student" else 0.8)
+    command = Runner.command(runner, runner.runs[-1])
+    assert command[command.index("SOLVER.MAX_ITER") + 1] == "960"
+    assert command[command.index("MODEL.META_ARCHITECTURE") + 1] == "RetinaNet"
+
+
+def test_gpus_are_shared_out(tmp_path):
+    runner = make(tmp_path, ["student"], (0, 1, 2), jobs=4, gpus=["5", "7"])
+    assert runner.run_all() == []
+    used = [(run.folder / "gpu").read_text() for run in runner.runs]
+    assert sorted(used) == ["5", "5", "7", "7"]
+
+
+def test_gpus_of_this_process(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert gpus("cuda", {}) == ["0", "1", "2"]
+    assert gpus("cuda", {"CUDA_VISIBLE_DEVICES": "4,6"}) == ["4", "6"]
+    assert gpus("cpu", {"CUDA_VISIBLE_DEVICES": "4,6"}) == gpus("cuda:1", {}) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_the_running_ones_save(tmp_path, number, capfd):
+    runner = make(tmp_path, ["student"], scripts={"teacher": SAVE, "student, seed 0": SAVE}, jobs=2)
+    folders = [run.folder for run in runner.runs]
+
+    def stop_when_ready():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if all((folder / "ready").exists() for folder in folders):
+                break
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop_when_ready)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all()
+    thread.join()
+    assert all((folder / "saved").exists() for folder in folders)
+    assert "stopped: student, seed 0 (log: " in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    runner.scripts = {}
+    assert runner.run_all() == []  # the same again goes on
+
+
+def test_a_run_that_was_stopped_has_not_failed(tmp_path):
+    scripts = {"student, seed 0": "print('saved'); raise SystemExit(75)"}
+    (failure,) = make(tmp_path, ["student"], scripts=scripts).run_all()
+    assert failure.stopped and str(failure).startswith("stopped: student, seed 0: exit code 75")
+
+
+def test_minutes_add_up_over_attempts(tmp_path):
+    runner = make(tmp_path, ["student"], scripts={"student, seed 0": FAIL})
+    finish(runner.runs[0])
+    (tmp_path / "student_0").mkdir()
+    (tmp_path / "student_0" / "minutes.json").write_text("100.0")
+    runner.run_all()
+    assert 100 < json.loads((tmp_path / "student_0" / "minutes.json").read_text()) < 101
