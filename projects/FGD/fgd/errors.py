@@ -11,3 +11,12 @@ class DivergedError(FloatingPointError):
     """A loss became infinite or NaN; carries the loss table."""
 
     exit_code = 3
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop, and its state is saved; all processes raise it together.
+
+    The code is EX_TEMPFAIL of sysexits.h: nothing is wrong, go on later.
+    """
+
+    exit_code = 75

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..errors import UserError
+from ..stop import shield_worker
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +86,29 @@ class TrainStream:
         if group_by_aspect_ratio:
             self.groups = [0 if x["width"] > x["height"] else 1 for x in dicts]
         self.seed, self.start = seed, 0
+        self.last_images: List[str] = []  # of the batch drawn last
 
     def __iter__(self) -> Iterator[List[dict]]:
         # A generator: nothing below runs before the first batch is asked for, so a trainer that
         # makes its iterator early (v0.6) can still be resumed.
         batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
-        yield from DataLoader(
+        loader = DataLoader(
             _SeededSamples(self.dicts, self.mapper, self.seed),
             batch_sampler=itertools.islice(batches, self.start, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             # Without one of its own, the loader draws from the global generator.
             generator=Generator(),
+            worker_init_fn=shield_worker,
         )
+        for batch in loader:
+            self.last_images = [describe_image(sample) for sample in batch]
+            yield batch
+
+
+def describe_image(sample: dict) -> str:
+    """File name and id of a sample, for messages."""
+    return f"{sample.get('file_name')} (id {sample.get('image_id')})"
 
 
 def build_train_stream(cfg: CfgNode) -> TrainStream:
