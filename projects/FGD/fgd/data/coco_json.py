@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from ..errors import UserError
+from .coco_masks import check_mask, check_structure, no_polygon
 
 __all__ = ["CocoSummary", "bad_box", "summarize"]
 
@@ -109,16 +110,28 @@ def _check_annotation(path: str, entry: dict, categories: dict) -> None:
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
         raise UserError(f"{where} has bbox {box!r}; expected four numbers x, y, width, height")
+    check_structure(where, entry.get("segmentation"))
 
 
-def summarize(path: str, image_root: str) -> CocoSummary:
+def _unusable(entry: dict, image: dict | None) -> str | None:
+    """Why an annotation is dropped; None when it is used."""
+    if image is None:
+        return "of an absent image"
+    if no_polygon(entry.get("segmentation")):
+        return "without a polygon of three points"
+    return bad_box(entry["bbox"], image["height"], image["width"])
+
+
+def summarize(path: str, image_root: str, mask_format: str = "") -> CocoSummary:
     """Read and check one dataset.
 
     Args:
         path: the JSON.   image_root: the folder that its file names are relative to.
+        mask_format: when masks are wanted, INPUT.MASK_FORMAT; then every usable box must have one.
     Raises:
         UserError: missing, empty, not JSON, not COCO format, ids repeated or unknown, a box that is
-            not four numbers, no usable box at all, or images that are not there. Names the path.
+            not four numbers, no usable box at all, or images that are not there; with a mask format
+            as `check_mask`. Names the path.
     """
     content = _read(path)
     categories = _by_id(path, content, "categories", ("name",))
@@ -130,11 +143,11 @@ def summarize(path: str, image_root: str) -> CocoSummary:
     for number, entry in annotations.items():
         _check_annotation(path, entry, categories)
         image = images.get(entry["image_id"])
-        if image is None:
-            reason = "of an absent image"
-        else:
-            reason = bad_box(entry["bbox"], image["height"], image["width"])
+        reason = _unusable(entry, image)
         if reason is None:
+            if mask_format:
+                where = f"dataset JSON {path}: annotation {number!r}"
+                check_mask(where, entry, image, mask_format)
             summary.boxes += 1
             summary.complete &= "iscrowd" in entry and "area" in entry
         else:

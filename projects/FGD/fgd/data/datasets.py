@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from ..errors import UserError
 from .coco_json import CocoSummary, bad_box, summarize
+from .coco_masks import MASK_FORMATS
 from .drawing import ShapesSettings
 from .shapes import generate
 
@@ -60,7 +61,8 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
     """Make the datasets of the config usable; call it in each process, as often as you like.
 
     Generated shapes are written by the main process first. Boxes that no detector can use are
-    left out, counted in the log and listed in OUTPUT_DIR/data_report.json.
+    left out, counted in the log and listed in OUTPUT_DIR/data_report.json. With MODEL.MASK_ON each
+    of the other boxes must have a mask.
 
     Args:
         splits: ("TEST",) leaves DATASETS.TRAIN as it is, for evaluation without training data.
@@ -68,8 +70,9 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
         A clone whose DATASETS.TRAIN and TEST name registered datasets. The names of JSON sets hold
         a digest of file and folder, so two sets never share one.
     Raises:
-        UserError: a file or folder is missing or empty, is not COCO format, or a name is unknown.
-            Raised by all processes, also when only the main one met it.
+        UserError: a file or folder is missing or empty, is not COCO format, a mask is missing or
+            not in INPUT.MASK_FORMAT, or a name is unknown. Raised by all processes, also when only
+            the main one met it.
     """
     frozen, cfg = cfg.is_frozen(), cfg.clone()
     cfg.defrost()
@@ -77,13 +80,25 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
     for split in splits:
         if json_cfg[split]:
             limit = json_cfg.TRAIN_LIMIT if split == "TRAIN" else 0
-            name = _register_json(json_cfg[split], json_cfg[f"{split}_IMAGES"], cfg, limit)
+            images, masks = json_cfg[f"{split}_IMAGES"], _mask_format(cfg, split)
+            name = _register_json(json_cfg[split], images, cfg, limit, masks=masks)
             cfg.DATASETS[split] = (name,)
         else:
             cfg.DATASETS[split] = tuple(_resolve(name, cfg) for name in cfg.DATASETS[split])
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def _mask_format(cfg: CfgNode, split: str) -> str:
+    """What masks of a split must be: INPUT.MASK_FORMAT for training, any to evaluate, "" none."""
+    if not cfg.MODEL.MASK_ON:
+        return ""
+    if cfg.INPUT.MASK_FORMAT not in MASK_FORMATS:
+        raise UserError(
+            f"INPUT.MASK_FORMAT: {cfg.INPUT.MASK_FORMAT!r} is neither 'polygon' nor 'bitmask'"
+        )
+    return cfg.INPUT.MASK_FORMAT if split == "TRAIN" else "bitmask"
 
 
 def _resolve(name: str, cfg: CfgNode) -> str:
@@ -149,16 +164,22 @@ def _image_root(json_file: str, images: str) -> str:
     return next((path for path in usual if os.path.isdir(path)), folder)
 
 
-def _register_json(json_file: str, images: str, cfg=None, limit: int = 0, prefix: str = "") -> str:
-    """Check and register one JSON under a name that belongs to it alone."""
+def _register_json(
+    json_file: str, images: str, cfg=None, limit: int = 0, prefix: str = "", masks: str = ""
+) -> str:
+    """Check and register one JSON under a name that belongs to it alone.
+
+    Args:
+        masks: the mask format to check it for; "" = boxes only.
+    """
     json_file = os.path.abspath(os.path.expanduser(json_file))
     image_root = _image_root(json_file, images)
     if limit < 0:
         raise UserError(f"DATASETS.JSON.TRAIN_LIMIT is {limit}; expected a number of images or 0")
-    name = f"{prefix or Path(json_file).stem}_{_digest(json_file, image_root, limit)}"
+    name = f"{prefix or Path(json_file).stem}_{_digest(json_file, image_root, limit, masks)}"
     if name in DatasetCatalog.list():
         return name
-    summary = summarize(json_file, image_root)
+    summary = summarize(json_file, image_root, masks)
     DatasetCatalog.register(name, lambda: _load(json_file, image_root, name, limit))
     metadata = MetadataCatalog.get(name)
     metadata.set(
@@ -175,9 +196,9 @@ def _register_json(json_file: str, images: str, cfg=None, limit: int = 0, prefix
     return name
 
 
-def _digest(json_file: str, image_root: str, limit: int) -> str:
+def _digest(json_file: str, image_root: str, limit: int, masks: str) -> str:
     """Eight hex digits of the file's content, where it is, and how it is read."""
-    digest = hashlib.sha256(f"{json_file}\n{image_root}\n{limit}\n".encode())
+    digest = hashlib.sha256(f"{json_file}\n{image_root}\n{limit}\n{masks}".encode())
     try:
         with open(json_file, "rb") as file:
             while block := file.read(1 << 20):
