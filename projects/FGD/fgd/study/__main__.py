@@ -117,8 +117,8 @@ def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] 
 
 def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]) -> Dict[str, Any]:
     """All that the pages say: {"facts", "failed", "arms", "changes", "test", "budget"}."""
-    failed = {failure.run: str(failure) for failure in failures}
-    missing = [failed.get(run, f"{run}: not run") for run in runs if not is_finished(run)]
+    failed = {str(failure.run): str(failure) for failure in failures}
+    missing = [failed.get(str(run), f"{run}: not run") for run in runs if not is_finished(run)]
     measured = None
     if any(run.arm == LONG and is_finished(run) for run in runs):
         measured = budget.long_budget(runs, cfg, args.output)

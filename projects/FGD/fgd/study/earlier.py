@@ -9,10 +9,17 @@ from ..errors import UserError
 from .arms import LONG, Run
 from .files import is_finished
 
-# What leaves the results of a run as they are. A study may be moved to another place.
+# What leaves the results of a run as they are, and names of places: a study and its data may be
+# moved. Other test data is found out when detections are compared with results (`summary`).
 _HARMLESS = (
     "OUTPUT_DIR",
     "MODEL.DISTILLER.TEACHER.WEIGHTS",
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "DATASETS.JSON.TRAIN",
+    "DATASETS.JSON.TEST",
+    "DATASETS.JSON.TRAIN_IMAGES",
+    "DATASETS.JSON.TEST_IMAGES",
     "DATASETS.SHAPES.ROOT",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.CHECKPOINT_PERIOD",
