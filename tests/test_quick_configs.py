@@ -14,7 +14,7 @@ from fgd.data.datasets import register_from_config
 
 FOLDER = Path(__file__).parent.parent / "configs" / "quick"
 ROLES = ("teacher", "student", "fgd")
-DETECTORS = ("retinanet", "frcnn")
+DETECTORS = sorted(path.stem.split("_", 2)[2] for path in FOLDER.glob("shapes_fgd_*.yaml"))
 
 
 def quick_cfg(role, detector, opts=()):
@@ -53,6 +53,11 @@ def test_one_step_on_generated_shapes(role, detector, teachers, tmp_path):
     distilled = sorted(name for name in losses if name.startswith("loss_fgd_"))
     terms = ("attention", "background", "foreground", "relation")
     assert distilled == ([f"loss_fgd_{term}" for term in terms] if role == "fgd" else [])
+    assert ("loss_mask" in losses) == (detector == "mask_rcnn")
+
+
+def test_none_is_missing():
+    assert {"retinanet", "frcnn", "mask_rcnn", "cascade", "fcos"} <= set(DETECTORS)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -61,11 +66,28 @@ def test_arms_share_everything_but_backbone_and_distiller(detector):
     fgd.OUTPUT_DIR = teacher.OUTPUT_DIR = student.OUTPUT_DIR
     assert fgd == student
     teacher.MODEL.TIMM.NAME, teacher.SOLVER.MAX_ITER = student.MODEL.TIMM.NAME, 600
+    if detector == "mask_rcnn":  # under a Cascade Mask R-CNN
+        assert teacher.MODEL.ROI_HEADS.NAME == "CascadeROIHeads" and teacher.MODEL.MASK_ON
+        teacher.MODEL.ROI_HEADS.NAME = student.MODEL.ROI_HEADS.NAME
+        teacher.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = False
     assert teacher == student
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_head_and_neck_can_be_inherited_and_the_teacher_is_larger(detector):
+def test_the_teacher_is_larger(detector):
+    teacher, student = (
+        sum(p.numel() for p in build_model(quick_cfg(role, detector)).parameters())
+        for role in ("teacher", "student")
+    )
+    assert teacher > 3 * student and student < 2e6
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_inheriting_is_on_where_head_and_neck_fit(detector):
+    node = quick_cfg("fgd", detector).MODEL.DISTILLER
+    assert node.INHERIT == (detector != "mask_rcnn")
+    if not node.INHERIT:
+        return
     teacher, student = (build_model(quick_cfg(role, detector)) for role in ("teacher", "student"))
     shapes = {k: v.shape for k, v in student.state_dict().items() if ".bottom_up." not in k}
     larger = {k: v.shape for k, v in teacher.state_dict().items() if ".bottom_up." not in k}
@@ -73,5 +95,3 @@ def test_head_and_neck_can_be_inherited_and_the_teacher_is_larger(detector):
     differing = {k for k in shapes if shapes[k] != larger[k]}
     # Lateral convolutions see the backbones' own channels.
     assert differing == {f"backbone.fpn_lateral{level}.weight" for level in (3, 4, 5)}
-    count = {m: sum(p.numel() for p in m.parameters()) for m in (teacher, student)}
-    assert count[teacher] > 5 * count[student] and count[student] < 1e6
