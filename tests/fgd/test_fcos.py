@@ -7,9 +7,10 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils.events import EventStorage
 
+from fgd.backbones import group_norm
 from fgd.config import get_fgd_cfg
 from fgd.data.checks import NUM_CLASSES_KEYS
-from fgd.fcos import FCOS, _group_norm, build_fcos_resnet_fpn_backbone
+from fgd.fcos import FCOS, build_fcos_resnet_fpn_backbone
 from fgd.features import distilled_level_names
 
 
@@ -41,7 +42,7 @@ def test_defaults_are_detectron2s_own():
             assert getattr(ours, key) == value, key
     for key in ("center_sampling_radius", "test_topk_candidates", "max_detections_per_image"):
         assert getattr(ours, key) == fcos.FCOS.__init__.__kwdefaults__[key]
-    lazy.head.norm = _group_norm  # v0.6 cannot build its "GN" with today's PyTorch
+    lazy.head.norm = group_norm  # v0.6 cannot build its "GN" with today's PyTorch
     lazy.head.num_classes = lazy.num_classes
     with torch.device("meta"):
         head = instantiate(lazy.head)

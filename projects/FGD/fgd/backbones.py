@@ -1,6 +1,7 @@
 """FPN over any timm backbone that offers features, for students smaller than ResNet-18."""
 
 import logging
+import math
 
 import timm
 from detectron2.config import CfgNode
@@ -17,6 +18,9 @@ __all__ = [
     "add_timm_config",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_fpn_backbone",
+    "group_norm",
+    "pyramid_norm",
+    "timm_fpn",
 ]
 
 logger = logging.getLogger(__name__)
@@ -128,18 +132,42 @@ def _stage_indices(name: str, out_features) -> tuple[int, ...]:
     return tuple(last[_STAGES[f]] for f in out_features)
 
 
-def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int):
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Detectron2's "GN" (32 groups) from 64 channels on, for fewer as many groups as two each make.
+
+    One value per group would always be normalised to 0, as on a map of one cell. An odd number of
+    channels is one group; v0.6's FCOS tries a norm on one channel.
+    """
+    return nn.GroupNorm(math.gcd(32, channels, channels // 2), channels)
+
+
+def pyramid_norm(name: str):
+    """What Detectron2's FPN takes as its norm, for MODEL.FPN.NORM: narrow pyramids can be "GN"."""
+    return group_norm if name == "GN" else name
+
+
+def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int, p6p7):
     """(module or None); attached to the last level, whatever its stride."""
     if kind == "none":
         return None
     if kind == "p6p7":
-        return LastLevelP6P7(in_channels, out_channels, in_feature=last_feature)
+        return p6p7(in_channels, out_channels, in_feature=last_feature)
     block = LastLevelMaxPool()
     block.in_feature = last_feature.replace("res", "p")  # Detectron2 fixes it to p5
     return block
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str) -> FPN:
+def timm_fpn(
+    cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str, p6p7=LastLevelP6P7
+) -> FPN:
+    """FPN over MODEL.TIMM.
+
+    Args:
+        default_top_block: what MODEL.TIMM.TOP_BLOCK "default" means.
+        p6p7: makes the top block of that name, with the signature of Detectron2's.
+    Raises:
+        UserError: a key of MODEL.TIMM, MODEL.FPN or MODEL.BACKBONE that does not fit; names it.
+    """
     timm_cfg, fpn_cfg = cfg.MODEL.TIMM, cfg.MODEL.FPN
     if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
         raise UserError(
@@ -160,8 +188,8 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str) -> FPN:
         bottom_up=bottom_up,
         in_features=fpn_cfg.IN_FEATURES,
         out_channels=fpn_cfg.OUT_CHANNELS,
-        norm=fpn_cfg.NORM,
-        top_block=_top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS),
+        norm=pyramid_norm(fpn_cfg.NORM),
+        top_block=_top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS, p6p7),
         fuse_type=fpn_cfg.FUSE_TYPE,
     )
 
@@ -169,10 +197,10 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str) -> FPN:
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN for R-CNN: p2-p5 from MODEL.FPN.IN_FEATURES, and p6 by max-pooling."""
-    return _build(cfg, input_shape, "maxpool")
+    return timm_fpn(cfg, input_shape, "maxpool")
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN for dense detectors: p3-p5 from MODEL.FPN.IN_FEATURES, and p6, p7 by convolutions."""
-    return _build(cfg, input_shape, "p6p7")
+    return timm_fpn(cfg, input_shape, "p6p7")

@@ -14,6 +14,7 @@ from .errors import UserError
 from .fcos import add_fcos_config
 from .features import parse_level_map
 from .methods import METHOD_REGISTRY, terms_function
+from .reppoints import add_reppoints_config
 from .schedule import schedule_from_config
 from .solver import add_solver_config
 from .taps import check_kind
@@ -27,6 +28,7 @@ def add_fgd_config(cfg: CfgNode) -> None:
     """Add the project's keys, all off by default, to a Detectron2 config, in place."""
     add_timm_config(cfg)
     add_fcos_config(cfg)
+    add_reppoints_config(cfg)
     add_data_config(cfg)
     add_solver_config(cfg)
     cfg.MODEL.DISTILLER = _distiller_node(type(cfg))

@@ -1,6 +1,5 @@
 """Detectron2's own FCOS from a yaml config; Detectron2 builds it from Python configs only."""
 
-import math
 from typing import List
 
 import torch
@@ -11,7 +10,8 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
-from torch import nn
+
+from .backbones import group_norm
 
 __all__ = ["FCOS", "add_fcos_config", "build_fcos_resnet_fpn_backbone"]
 
@@ -57,7 +57,7 @@ class FCOS(fcos.FCOS):
             input_shape=shapes,
             num_classes=node.NUM_CLASSES,
             conv_dims=[shapes[0].channels] * node.NUM_CONVS,
-            norm=_group_norm if node.NORM == "GN" else node.NORM,
+            norm=group_norm if node.NORM == "GN" else node.NORM,
             prior_prob=node.PRIOR_PROB,
         )
         return {
@@ -80,11 +80,6 @@ class FCOS(fcos.FCOS):
         """As Detectron2's; an image without boxes gets an empty one, which matches no anchor."""
         given = [x if len(x) else _with_empty_box(x, anchors) for x in gt_instances]
         return super().label_anchors(anchors, given)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    """Detectron2's "GN" for its widths. v0.6 tries a norm on one channel, where "GN" fails."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def _with_empty_box(instances: Instances, anchors: List[Boxes]) -> Instances:

@@ -16,6 +16,7 @@ __all__ = ["check_class_count", "class_names"]
 NUM_CLASSES_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "FCOS": "MODEL.FCOS.NUM_CLASSES",
+    "RepPoints": "MODEL.REPPOINTS.NUM_CLASSES",
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
 }
 
