@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: setup demo test lint
+.PHONY: setup demo quick test lint
 
 setup: $(VENV)/installed
 
@@ -14,6 +14,9 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt $(wildcard third_par
 
 demo: setup
 	$(RUN) python tools/demo.py --output output/demo
+
+quick: setup
+	$(RUN) python tools/quick.py --output output/quick
 
 lint: setup
 	$(RUN) ruff check .
