@@ -82,6 +82,7 @@ def test_add_fgd_config_works_on_a_stock_config():
         ("FEATURES", "neck", "FEATURES: 'neck' is not one of"),
         ("FACTOR", -1.0, "FACTOR: -1.0 is not a finite factor"),
         ("SCHEDULE.DECAY", "cosine", "SCHEDULE.DECAY"),
+        ("PICTURE_PERIOD", -1, "PICTURE_PERIOD: -1 must be 0"),
         ("FGD.TEMPERATURE", 0.0, "not above 0"),
         ("FGD.RELATION_WEIGHT", -1.0, "RELATION_WEIGHT"),
         ("FGD.ATTENTION_WEIGHT", float("nan"), "ATTENTION_WEIGHT"),

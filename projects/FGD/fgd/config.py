@@ -60,6 +60,8 @@ def _distiller_node(Node) -> CfgNode:
     distiller.SCHEDULE.WARMUP_ITERS = 0
     # "none", or "linear": from the end of the warm-up down to 0 at STOP or SOLVER.MAX_ITER.
     distiller.SCHEDULE.DECAY = "none"
+    # Draw masks and attention of a training image in TensorBoard every so many iterations; 0 = off.
+    distiller.PICTURE_PERIOD = 0
     # Copy the teacher's neck and head into the student where names and shapes agree (paper,
     # "inheriting strategy"). Off, because it needs a teacher of the same detector family.
     distiller.INHERIT = False
@@ -187,6 +189,11 @@ def check_config(cfg: CfgNode) -> None:
     parse_level_map(node.LEVEL_MAP)
     check_kind(node.FEATURES)
     schedule_from_config(cfg)
+    if node.PICTURE_PERIOD < 0 or node.PICTURE_PERIOD and node.METHOD != "FGD":
+        raise UserError(
+            f"MODEL.DISTILLER.PICTURE_PERIOD: {node.PICTURE_PERIOD} must be 0 (no pictures) or, "
+            "with METHOD FGD, a number of iterations"
+        )
     if node.FGD.MASK_REFERENCE not in ("padded", "image"):
         raise UserError(
             f"MODEL.DISTILLER.FGD.MASK_REFERENCE: {node.FGD.MASK_REFERENCE!r} is neither "

@@ -18,6 +18,7 @@ from .checkpoint import TrainingCheckpointer, describe_run, remove_stale_tempora
 from .data.stream import TrainStream, build_train_stream
 from .errors import DivergedError
 from .hooks import LogLevelTotals
+from .visualize.hook import picture_hooks
 from .weights import load_complete
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class FGDTrainer(DefaultTrainer):
             ) from error
 
     def build_hooks(self) -> list:
-        ret = [LogLevelTotals(), *super().build_hooks()]  # before the writers
+        # Before the writers.
+        ret = [LogLevelTotals(), *picture_hooks(self.cfg), *super().build_hooks()]
         if not comm.is_main_process():
             # Saving gathers the random number states of all ranks; keep the main process's order.
             before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))

@@ -1,0 +1,13 @@
+"""Pictures of what the distillation loss sees, and of how training went."""
+
+from .figures import attention_figure, loss_figure, read_metrics
+from .maps import LevelMaps, MapRecorder, level_maps
+
+__all__ = [
+    "LevelMaps",
+    "MapRecorder",
+    "attention_figure",
+    "level_maps",
+    "loss_figure",
+    "read_metrics",
+]

@@ -1,0 +1,170 @@
+"""What did the loss look at? Masks and attention of student and teacher, level by level.
+
+    python -m fgd.visualize output/model_final.pth photos/*.jpg --dataset annotations.json
+
+writes a picture and the arrays behind it (.npz) for each image: foreground and background weights,
+the teacher's and the student's spatial attention and their difference, as the loss uses them. The
+image gets the config's test size; boxes are the ground truth of --dataset, or else what the student
+detects.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from ..checkpoint import atomic_write
+from ..data.coco_json import bad_box
+from ..distiller import Distiller
+from ..errors import UserError
+from .figures import attention_figure
+from .maps import LevelMaps, level_maps
+from .run import open_run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fgd.visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="of a distilled training")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--dataset", default="", help="COCO JSON with the boxes of the images")
+    parser.add_argument("--teacher", default="", help="where the teacher's weights lie now")
+    parser.add_argument("--teacher-config", default="", help="where the teacher's config lies now")
+    parser.add_argument("--score", type=float, default=0.5, help="of detections, at least")
+    parser.add_argument("--output", type=Path, help="folder; default: CHECKPOINT_maps")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Draw every image; 2 if something cannot be read or used."""
+    args = build_parser().parse_args(argv)
+    try:
+        truth = find_records(args.dataset, args.images) if args.dataset else {}
+        distiller, cfg = open_run(args.checkpoint, args.teacher, args.teacher_config)
+        folder = args.output or Path(f"{os.path.splitext(args.checkpoint)[0]}_maps")
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, name in zip(args.images, unique_names(args.images)):
+            inputs = load_inputs(path, cfg, truth.get(path))
+            title = "ground truth" if args.dataset else "detections"
+            if not args.dataset:
+                inputs["instances"] = detections(distiller, inputs, args.score)
+            maps = level_maps(distiller, inputs)
+            for written in save(folder / name, inputs, maps, cfg.INPUT.FORMAT, title):
+                print(f"{written} ({len(inputs['instances'])} boxes, {title})", flush=True)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def unique_names(paths: Sequence[str]) -> List[str]:
+    """File names without endings; of equal ones all but the first get a number."""
+    names: List[str] = []
+    for path in paths:
+        stem, number = Path(path).stem, 2
+        name = stem
+        while name in names:
+            name, number = f"{stem}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def find_records(json_file: str, paths: Sequence[str]) -> Dict[str, dict]:
+    """Detectron2 dataset dicts by image path, without the boxes that training leaves out.
+
+    An image belongs to the entry whose file name its path ends in.
+
+    Raises:
+        UserError: the JSON is not COCO's, or has not exactly one entry for an image.
+    """
+    try:
+        with open(json_file) as file:
+            data = json.load(file)
+        entries = [(Path(x["file_name"]).parts, x) for x in data["images"]]
+        found = {}
+        for path in paths:
+            parts = Path(path).resolve().parts
+            hits = [x for end, x in entries if parts[-len(end) :] == end]
+            if len(hits) != 1:
+                raise UserError(f"--dataset {json_file} has {len(hits)} entries for {path}")
+            own = [x for x in data["annotations"] if x["image_id"] == hits[0]["id"]]
+            found[path] = _record(path, hits[0], own)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--dataset {json_file} is not a COCO JSON: {error!r}") from error
+    return found
+
+
+def _record(path: str, image: dict, annotations: Sequence[dict]) -> dict:
+    size = {key: image[key] for key in ("height", "width")}
+    usable = [
+        {
+            "bbox": x["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": 0,  # the maps know no classes
+            "iscrowd": x.get("iscrowd", 0),
+        }
+        for x in annotations
+        if bad_box(x["bbox"], **size) is None
+    ]
+    return {"file_name": path, **size, "annotations": usable}
+
+
+def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
+    """The network's input at test size; of a record also "instances", as training has them."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    mapper = DatasetMapper(
+        is_train=record is not None, augmentations=[resize], image_format=cfg.INPUT.FORMAT
+    )
+    try:
+        return mapper(record or {"file_name": path})
+    except (OSError, SizeMismatchError) as error:
+        raise UserError(f"image {path}: {error}") from error
+
+
+@torch.no_grad()
+def detections(distiller: Distiller, inputs: dict, score: float) -> Instances:
+    """What the student finds with at least ``score``, in the shape of a ground truth."""
+    (output,) = distiller([{"image": inputs["image"]}])  # no size: boxes in pixels of the input
+    found = output["instances"].to("cpu")
+    boxes = found.pred_boxes.tensor[found.scores >= score]
+    return Instances(tuple(inputs["image"].shape[-2:]), gt_boxes=Boxes(boxes))
+
+
+def save(
+    stem: Path, inputs: dict, maps: Dict[str, LevelMaps], image_format: str, title: str
+) -> List[Path]:
+    """Write ``stem``.png and ``stem``.npz, each completely or not at all; returns their paths.
+
+    The arrays: "p3/foreground" and so on of every level, "boxes" (R, 4) XYXY in pixels of the
+    network's input, "image_size" and "padded_size" (height, width).
+    """
+    boxes = inputs["instances"].gt_boxes.tensor
+    arrays = {"boxes": boxes.numpy(), "image_size": np.array(inputs["image"].shape[-2:])}
+    for level, own in maps.items():
+        arrays["padded_size"] = np.array(own.padded_size)
+        named = {**own._asdict(), "difference": own.difference}
+        arrays.update({f"{level}/{k}": v for k, v in named.items() if k != "padded_size"})
+    image = inputs["image"].permute(1, 2, 0).numpy()
+    image = image[:, :, ::-1] if image_format == "BGR" else image
+    figure = attention_figure(image, boxes, maps, title)
+    png, npz = (stem.with_name(f"{stem.name}{end}") for end in (".png", ".npz"))
+    atomic_write(str(npz), lambda file: np.savez_compressed(file, **arrays))
+    atomic_write(str(png), lambda file: figure.savefig(file, format="png", dpi=110))
+    return [png, npz]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

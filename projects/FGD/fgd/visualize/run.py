@@ -1,0 +1,73 @@
+"""A checkpoint of a distilled run → its distiller, with the teacher that taught."""
+
+import os
+from typing import Tuple
+
+import torch
+from detectron2.config import CfgNode
+
+from ..checkpoint import FORMAT
+from ..config import find_config_file, load_config_text
+from ..distiller import Distiller
+from ..errors import UserError
+from ..weights import load_complete, read_weights, weights_sha256
+
+
+def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Distiller, CfgNode]:
+    """Student, teacher and loss of a training checkpoint, in eval mode, and the run's config.
+
+    On the run's device, or on the CPU where there is no GPU.
+
+    Args:
+        teacher, teacher_config: where these files lie now; "" = where they lay then.
+    Raises:
+        UserError: not such a checkpoint, a file is missing, or the teacher is another one.
+    """
+    data = read_weights(path)
+    if data.get("format") != FORMAT or not data.get("teacher"):
+        raise UserError(f"{path} is no checkpoint of a distilled training of this project")
+    cfg = load_config_text(data["full_config"], f"config in {path}")
+    node = cfg.MODEL.DISTILLER.TEACHER
+    node.WEIGHTS = teacher or node.WEIGHTS
+    node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
+    _check_teacher(node, data["teacher"]["sha256"])
+    if cfg.MODEL.TIMM.NORM != "FrozenBN":  # which asks for pretrained weights
+        cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
+    _without_gpu(cfg)
+    with torch.random.fork_rng():
+        distiller = Distiller(cfg)
+    load_complete(distiller.student, path, what="student")
+    if distiller.distillation is not None:
+        try:
+            distiller.distillation.load_state_dict(data["distiller"])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return distiller.eval(), cfg
+
+
+def _check_teacher(node: CfgNode, sha256: str) -> None:
+    if node.CONFIG_FILE:
+        try:
+            find_config_file(node.CONFIG_FILE)
+        except UserError as error:
+            raise UserError(f"teacher's {error}; say where it is with --teacher-config") from None
+    if "://" not in node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
+        raise UserError(f"teacher {node.WEIGHTS} is not there; say where it is with --teacher")
+    found = weights_sha256(node.WEIGHTS)
+    if found != sha256:
+        raise UserError(
+            f"teacher {node.WEIGHTS} (SHA-256 {found[:12]}…) is not the one that taught this "
+            f"student ({sha256[:12]}…)"
+        )
+
+
+def _without_gpu(cfg: CfgNode) -> None:
+    """Where there is no GPU: what only one can compute gets its equal on the CPU."""
+    node = cfg.MODEL.DISTILLER
+    if torch.cuda.is_available() or not cfg.MODEL.DEVICE.startswith("cuda"):
+        return
+    cfg.MODEL.DEVICE = "cpu"
+    if node.FGD.IMPLEMENTATION == "triton":
+        node.FGD.IMPLEMENTATION = "torch"
+    if node.TEACHER.PRECISION == "float16":
+        node.TEACHER.PRECISION = "float32"
