@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from .backbones import add_timm_config
 from .data.datasets import add_data_config
+from .doctor.settings import add_doctor_config, check_doctor
 from .errors import UserError
 from .fcos import add_fcos_config
 from .features import parse_level_map
@@ -31,6 +32,7 @@ def add_fgd_config(cfg: CfgNode) -> None:
     add_reppoints_config(cfg)
     add_data_config(cfg)
     add_solver_config(cfg)
+    add_doctor_config(cfg)
     cfg.MODEL.DISTILLER = _distiller_node(type(cfg))
 
 
@@ -170,6 +172,7 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         UserError: names the key, what was found and what is allowed.
     """
+    check_doctor(cfg)
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
         return
     node = cfg.MODEL.DISTILLER

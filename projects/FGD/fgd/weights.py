@@ -57,6 +57,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)  # names of the file that the model lacks
     nonfinite: list[str] = field(default_factory=list)
     iteration: Optional[int] = None  # of the last training step, where the file says so
+    classes: list[str] = field(default_factory=list)  # class names, where the file says so
 
     def summary(self) -> str:
         """One line: counts, and the first names of each list that is not empty."""
@@ -213,6 +214,7 @@ def load_complete(
         raise UserError(f"{what} weights {path}: {' '.join(str(error).split())}") from None
     report = _report(model, incompatible)
     report.iteration = checkpoint.get("iteration")
+    report.classes = list(checkpoint.get("classes") or [])
     incomplete = report.missing or report.mismatched
     if report.nonfinite or not report.loaded or (incomplete and not allow_partial):
         raise UserError(

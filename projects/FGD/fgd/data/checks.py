@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import student_config
 from ..errors import UserError
 
-__all__ = ["check_class_count", "class_names"]
+__all__ = ["check_class_count", "class_names", "config_value"]
 
 # Meta-architecture -> the config key of its number of classes. A new detector adds one line.
 NUM_CLASSES_KEYS = {
@@ -21,7 +21,8 @@ NUM_CLASSES_KEYS = {
 }
 
 
-def _value(cfg: CfgNode, key: str):
+def config_value(cfg: CfgNode, key: str):
+    """The value of a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
@@ -73,7 +74,7 @@ def check_class_count(cfg: CfgNode) -> list[str]:
         known = ", ".join(NUM_CLASSES_KEYS)
         raise UserError(f"student architecture {architecture!r} is none of those known: {known}")
     key = NUM_CLASSES_KEYS[architecture]
-    names, count = class_names(cfg), _value(cfg, key)
+    names, count = class_names(cfg), config_value(cfg, key)
     if len(names) != count:
         raise UserError(
             f"the dataset has {len(names)} classes ({_shorten(names)}) but {key} is {count}: "

@@ -1,0 +1,204 @@
+"""Runs the checks: before anything is built those of the config, then those of the model.
+
+The main process checks what is the same for all; the others take part in what the model computes,
+because its layers may wait for each other, and learn the verdict.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from .. import rng
+from ..checkpoint import student_of
+from ..config import META_ARCHITECTURE, student_config
+from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
+from ..data.stream import build_train_stream
+from ..errors import UserError
+from ..features import distilled_level_names, match_levels
+from . import dataset, losses, scoring, teacher, wiring
+from .findings import FAULT, OK, WARNING, Finding, Report
+from .patient import Patient
+from .settings import NEEDED
+
+REPORT = "doctor.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is looked at."""
+
+    name: str
+    images: int  # that the teacher is scored on
+    batches: int  # over which losses are averaged
+
+    @classmethod
+    def brief(cls, cfg: CfgNode) -> "Form":
+        return cls("brief", cfg.DOCTOR.BRIEF_IMAGES, 1)
+
+    @classmethod
+    def full(cls, cfg: CfgNode) -> "Form":
+        return cls("full", cfg.DOCTOR.IMAGES, cfg.DOCTOR.BATCHES)
+
+
+def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Report:
+    """All checks that make sense for the config; all processes call it together.
+
+    Writes OUTPUT_DIR/doctor.json and logs the report. Model, optimizer and random number
+    generators are afterwards as before.
+
+    Args:
+        cfg: with registered datasets. patient: None = built here, if the config allows it.
+    Raises:
+        UserError: there are faults; names them all, in every process.
+    """
+    report, loaded = Report(), None
+    # TorchScript rewrites a function after its first calls, with other rounding: not for us.
+    with rng.preserved(), torch.jit.optimized_execution(False):
+        stream = patient.stream if patient else build_train_stream(cfg)
+        if comm.is_main_process():
+            student = patient.model if patient else None
+            report.findings, loaded = _check_config(cfg, stream.dicts, student)
+        needed = [x for x in report.faults if x.name in NEEDED]
+        if not comm.all_gather(bool(needed))[0]:
+            _check_model(patient or Patient.build(cfg, stream), loaded, form, report)
+    if comm.is_main_process():
+        report = report.accepting(cfg.DOCTOR.ACCEPT)
+        report.figures = {"form": form.name, **report.figures}
+        path = os.path.join(cfg.OUTPUT_DIR, REPORT)
+        report.write(path)
+        logger.info(f"Doctor ({form.name}), written to {path}:\n{report.text()}")
+    complaint = comm.all_gather(report.complaint())[0]
+    if complaint:
+        raise UserError(f"doctor: {complaint}")
+    return report
+
+
+def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module]) -> tuple:
+    """(findings, teacher or None): what needs no trained model. In the main process only.
+
+    Args:
+        records: the training set. student: None = built here where its shapes are asked for.
+    """
+    node = student_config(cfg)
+    key = NUM_CLASSES_KEYS.get(node.MODEL.META_ARCHITECTURE)
+    try:
+        names = class_names(cfg)
+    except UserError as error:
+        return [Finding("classes", FAULT, str(error), "use datasets of the same classes")], None
+    if key is None:
+        raise UserError(f"doctor: unknown student architecture {node.MODEL.META_ARCHITECTURE!r}")
+    findings = [
+        _data(cfg, records, names),
+        dataset.check_classes(names, config_value(cfg, key), key),
+    ]
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+        return findings, None
+    finding, loaded = teacher.check_weights(cfg)
+    findings.append(finding)
+    if loaded is not None:
+        findings.append(teacher.check_formats(cfg, loaded.cfg))
+        if cfg.MODEL.DISTILLER.METHOD:
+            student = build_model(node) if student is None else student_of(student)
+            findings.append(_levels(cfg, student, loaded.model))
+        findings.append(_teacher_classes(names, loaded))
+    return findings, loaded
+
+
+def _data(cfg: CfgNode, records: List[dict], names: List[str]) -> Finding:
+    boxes = [0] * len(names)
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            boxes[annotation["category_id"]] += 1
+    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    dropped = dataset.dropped_boxes(cfg.OUTPUT_DIR, datasets)
+    return dataset.check_data(len(records), boxes, dropped, names)
+
+
+def _teacher_classes(names: List[str], loaded: teacher.LoadedTeacher) -> Finding:
+    key = NUM_CLASSES_KEYS.get(loaded.cfg.MODEL.META_ARCHITECTURE)
+    outputs = config_value(loaded.cfg, key) if key else None
+    return dataset.check_teacher_classes(names, loaded.report.classes, outputs)
+
+
+def _levels(cfg: CfgNode, student: nn.Module, teaching: nn.Module) -> Finding:
+    """What teaches what, or why nothing can."""
+    shapes = student.backbone.output_shape(), teaching.backbone.output_shape()
+    level_map = cfg.MODEL.DISTILLER.LEVEL_MAP
+    try:
+        levels = match_levels(distilled_level_names(cfg), *shapes, level_map)
+    except UserError as error:
+        advice = "match them with MODEL.DISTILLER.LEVELS and MODEL.DISTILLER.LEVEL_MAP"
+        return Finding("levels", FAULT, str(error), advice)
+    rows = [
+        f"{x.name} ({x.student_channels} channels) from {x.teacher_name} ({x.teacher_channels}), "
+        f"stride {shapes[0][x.name].stride}"
+        for x in levels
+    ]
+    return Finding("levels", OK, "\n".join(rows))
+
+
+def _check_model(
+    patient: Patient, loaded: Optional[teacher.LoadedTeacher], form: Form, report: Report
+) -> None:
+    """Add what the model itself shows. All processes; ``loaded`` and findings: the main one's."""
+    model, frozen = patient.model, getattr(patient.model, "teacher", None)
+    taught = frozen.backbone if frozen else None
+    method = getattr(model, "distillation", None)
+    if loaded is not None and taught is not None:
+        original = loaded.model.backbone
+        report.findings.append(wiring.check_frozen(taught, model, patient.wrapped, original))
+    report.findings.append(wiring.check_optimizer(model, patient.optimizer, taught, method))
+    if method is not None:
+        _check_losses(patient, form, report)
+    if loaded is not None:
+        _score(patient, loaded, form, report)
+
+
+def _check_losses(patient: Patient, form: Form, report: Report) -> None:
+    half = patient.cfg.SOLVER.AMP.ENABLED
+    try:
+        batches = patient.batches(form.batches)
+        measured = losses.measure(patient.model, batches, half=half)
+    except UserError as error:
+        advice = "the grids of student and teacher must agree on every batch"
+        report.findings.append(Finding("losses", FAULT, str(error), advice))
+        return
+    factor = patient.cfg.MODEL.DISTILLER.FACTOR
+    report.findings.append(losses.check_losses(measured, factor, form.batches))
+    report.findings.append(losses.check_gradients(measured))
+    report.tables.append(losses.loss_table(measured, factor))
+    report.figures["losses"] = {
+        "detection": measured.detection,
+        "distillation_at_factor_1": measured.levels,
+        "factor": factor,
+        "suggested_factor": losses.suggested_factor(measured),
+    }
+
+
+def _score(patient: Patient, loaded: teacher.LoadedTeacher, form: Form, report: Report) -> None:
+    """Add what the whole teacher sees on training images. In the main process only."""
+    samples = patient.samples(form.images)
+    truth = [sample["instances"] for sample in samples]
+    flip = loaded.cfg.INPUT.FORMAT != patient.cfg.INPUT.FORMAT
+    given = scoring.detect(loaded.model, samples, flip)
+    if given is None:
+        report.findings.append(Finding("quality", WARNING, "the teacher detects no boxes"))
+        return
+    names = class_names(patient.cfg)
+    by_class = _teacher_classes(names, loaded).verdict == OK
+    score = scoring.ap50(truth, given, by_class)
+    floor = patient.cfg.DOCTOR.MIN_AP50
+    report.findings.append(teacher.check_quality(score, floor, len(samples), by_class))
+    swapped = scoring.detect(loaded.model, samples, not flip)
+    confidence = [scoring.object_confidence(truth, x, by_class) for x in (given, swapped)]
+    report.findings.append(teacher.check_channels(*confidence, loaded.cfg.INPUT.FORMAT))
+    report.figures["teacher_ap50"] = None if score != score else score

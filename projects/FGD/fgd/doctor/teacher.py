@@ -1,0 +1,124 @@
+"""Checks of the teacher: its weights, its quality on labelled images, what it expects to see."""
+
+import statistics
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from ..errors import UserError
+from ..teacher import teacher_config
+from ..weights import LoadReport, load_complete, weights_sha256
+from .findings import FAULT, OK, WARNING, Finding
+
+# Swapped channels must do so much better: mean confidence in an object, and that in standard errors
+# over images. Real teachers gained at most 0.016 where the order did not matter; one for which it
+# did lost 0.29 or more with the wrong one, 4.2 standard errors, on any 8 images.
+SWAP_GAIN, SWAP_ERRORS = 0.03, 3.0
+_FEW = 4  # images: fewer say nothing about the order of channels
+
+
+class LoadedTeacher(NamedTuple):
+    """The teacher's whole detector in eval mode; the trained model keeps its backbone only."""
+
+    model: nn.Module
+    cfg: CfgNode
+    report: LoadReport
+
+
+def load_teacher(cfg: CfgNode) -> LoadedTeacher:
+    """Build the teacher of the config once more, as a whole; UserError as `build_teacher`."""
+    node = cfg.MODEL.DISTILLER.TEACHER
+    config = teacher_config(cfg)
+    model = build_model(config).eval().requires_grad_(False)
+    report = load_complete(model, node.WEIGHTS, allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
+    return LoadedTeacher(model, config, report)
+
+
+def check_weights(cfg: CfgNode) -> Tuple[Finding, Optional[LoadedTeacher]]:
+    """Whether the teacher's weights load completely; the teacher if they do."""
+    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
+    try:
+        teacher = load_teacher(cfg)
+        digest = weights_sha256(path)
+    except UserError as error:
+        advice = "an untrained teacher teaches noise: name the weights that belong to its config"
+        return Finding("weights", FAULT, str(error), advice), None
+    found = f"{path}: {teacher.report.summary()}; SHA-256 {digest}"
+    if teacher.report.missing or teacher.report.mismatched:
+        advice = "allowed by MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS; those parts are random"
+        return Finding("weights", WARNING, found, advice), teacher
+    return Finding("weights", OK, found), teacher
+
+
+def check_quality(score: float, floor: float, images: int, by_class: bool) -> Finding:
+    """Whether the teacher finds the labelled objects of the training images.
+
+    Args:
+        score: its AP50 in percent; NaN if the images have no objects. floor: DOCTOR.MIN_AP50.
+        by_class: whether the class had to be right.
+    """
+    if score != score:
+        return Finding("quality", WARNING, f"{images} images without a labelled box: not scored")
+    kind = "AP50" if by_class else "AP50 whatever the class"
+    found = f"{kind} {score:.1f} of the teacher on {images} training images, floor {floor:g}"
+    if score >= floor:
+        return Finding("quality", OK, found)
+    advice = (
+        "an untrained teacher, or one for other images: check MODEL.DISTILLER.TEACHER.WEIGHTS, and "
+        "INPUT (sizes, format) against what it was trained with. DOCTOR.MIN_AP50 sets the floor"
+    )
+    return Finding("quality", FAULT, found, advice)
+
+
+def check_formats(student: CfgNode, teacher: CfgNode) -> Finding:
+    """Channel order, mean and deviation that both configs state."""
+    found, suspicious = [], []
+    for who, cfg in (("student", student), ("teacher", teacher)):
+        mean, std = list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
+        found.append(f"{who} {cfg.INPUT.FORMAT}, mean {mean}, deviation {std}")
+        if _other_order(cfg.INPUT.FORMAT, mean):
+            suspicious.append(who)
+    if sorted(student.INPUT.FORMAT) != sorted(teacher.INPUT.FORMAT):
+        advice = "the teacher's images cannot be made from the student's; use BGR or RGB in both"
+        return Finding("formats", FAULT, "; ".join(found), advice)
+    if suspicious:
+        advice = f"MODEL.PIXEL_MEAN of the {' and the '.join(suspicious)} is in the other order"
+        return Finding("formats", WARNING, "; ".join(found), advice)
+    return Finding("formats", OK, "; ".join(found))
+
+
+def _other_order(format: str, mean: Sequence[float]) -> bool:
+    """Photographs, ImageNet's above all, are redder than blue: so are true means."""
+    if len(mean) != 3 or sorted(format) != ["B", "G", "R"]:
+        return False
+    red, blue = mean[format.index("R")], mean[format.index("B")]
+    return blue - red > 5
+
+
+def check_channels(given: List[float], swapped: List[float], teacher_format: str) -> Finding:
+    """Whether the teacher would see more with red and blue exchanged: then its format is wrong.
+
+    Args:
+        given: per image with objects, its mean confidence in them, see `object_confidence`, with
+            channels in ``teacher_format``, its INPUT.FORMAT. swapped: the same, order reversed.
+    """
+    name = "channels"
+    if len(given) < _FEW:
+        return Finding(name, OK, f"only {len(given)} images with objects: not compared")
+    gains = [b - a for a, b in zip(given, swapped)]
+    gain = statistics.mean(gains)
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    found = (
+        f"the teacher's mean confidence in {len(given)} images' objects is "
+        f"{statistics.mean(given):.3f} in {teacher_format}, "
+        f"{statistics.mean(swapped):.3f} with red and blue swapped"
+    )
+    if gain < SWAP_GAIN or gain < SWAP_ERRORS * error:
+        return Finding(name, OK, found)
+    advice = (
+        f"its weights were trained with {teacher_format[::-1]}: set INPUT.FORMAT "
+        f"{teacher_format[::-1]} in the teacher's config (MODEL.DISTILLER.TEACHER.CONFIG_FILE)"
+    )
+    return Finding(name, FAULT, found, advice)
