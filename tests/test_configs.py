@@ -36,9 +36,10 @@ TABLE = {
     "cascade": TWO_STAGE,
     "retinanet": Row([1e-3, 5e-4, 5e-4, 5e-6], 0.5, 0.01, True, PYRAMID),
     "fcos": Row([1.6e-3, 8e-4, 8e-4, 8e-6], 0.8, 0.01, True, PYRAMID),
+    "reppoints": Row([1.6e-3, 8e-4, 8e-4, 8e-6], 0.5, 0.01, True, PYRAMID),
 }
 # Zoo weights there are none of: a config of this folder trains the teacher.
-OWN_TEACHERS = {"fcos": "teacher_fcos"}
+OWN_TEACHERS = {"fcos": "teacher_fcos", "reppoints": "teacher_reppoints"}
 
 
 def read(name):

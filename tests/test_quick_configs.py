@@ -57,7 +57,7 @@ def test_one_step_on_generated_shapes(role, detector, teachers, tmp_path):
 
 
 def test_none_is_missing():
-    assert {"retinanet", "frcnn", "mask_rcnn", "cascade", "fcos"} <= set(DETECTORS)
+    assert {"retinanet", "frcnn", "mask_rcnn", "cascade", "fcos", "reppoints"} <= set(DETECTORS)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

@@ -34,7 +34,6 @@ def model(cfg):
 
 
 def test_published_architecture_from_the_config():
-    """RepPoints R-50 GN has 36.6 million parameters, as published."""
     cfg = get_fgd_cfg()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RepPoints", "meta"
     cfg.MODEL.BACKBONE.NAME = "build_reppoints_resnet_fpn_backbone"
