@@ -4,20 +4,16 @@ import random
 import resource
 import signal
 import time
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from fgd import checkpoint
-from fgd.checkpoint import (
-    TrainingCheckpointer,
-    atomic_write,
-    config_changes,
-    last_checkpoint,
-    loss_normalizers,
-)
+from fgd import run_folder
+from fgd.checkpoint import SavePeriodically, TrainingCheckpointer, loss_normalizers
 from fgd.errors import UserError
+from fgd.files import remove_stale_temporaries
 
 
 class Trainer:
@@ -33,6 +29,7 @@ class Trainer:
 
 
 HEADER = {"format": "fgd-1", "config": "", "full_config": "A: {B: 1}", "classes": ["x"]}
+HEADER["checksum"] = "sha256"
 
 
 def make_checkpointer(folder, model=None):
@@ -66,37 +63,51 @@ def test_order_of_writing_survives_a_power_cut(tmp_path, monkeypatch):
         *("sync data", "rename model_final.pth", "sync folder"),
         *("sync data", "rename last_checkpoint", "sync folder"),
     ]
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "model_final.pth")
+    assert make_checkpointer(tmp_path).get_checkpoint_file() == str(tmp_path / "model_final.pth")
 
 
-def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(str(path), fail)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+@contextmanager
+def full_disk(limit=100_000):
+    """No file can be longer than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_full_disk_is_explained_and_harmless(tmp_path):
     small = make_checkpointer(tmp_path)
     small.save("model_final", iteration=1)
     good = (tmp_path / "model_final.pth").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"cannot write .*model_final.pth.*MB are free.*--resume"
-        ):
-            make_checkpointer(tmp_path, nn.Linear(300, 300)).save("model_final", iteration=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    big = make_checkpointer(tmp_path, nn.Linear(300, 300))
+    needs_and_free = r"it needs 0.\d MiB, \d+.\d MiB are free.*--resume"
+    with (
+        full_disk(),
+        pytest.raises(UserError, match=f"cannot write .*model_final.pth.*{needs_and_free}"),
+    ):
+        big.save("model_final", iteration=2)
+    assert (big.last_saved, small.last_saved) == (-1, 1)
     assert (tmp_path / "model_final.pth").read_bytes() == good
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_final.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_full_disk_stops_training_unless_told_otherwise(ignore, tmp_path, caplog):
+    big = make_checkpointer(tmp_path, nn.Linear(300, 300))
+    saving = SavePeriodically(big, 2, ignore_errors=ignore)
+    saving.max_iter = 8
+    with full_disk():
+        with nullcontext() if ignore else pytest.raises(UserError, match="cannot write"):
+            saving.step(1)
+        assert ("training goes on, UNSAVED. cannot write" in caplog.text) is ignore
+        assert os.listdir(tmp_path) == []
+        with pytest.raises(UserError, match="cannot write"):
+            saving.step(7)  # the end: nothing to go on to
+    saving.step(3)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth"]
 
 
 def _save_forever(folder, started):
@@ -118,28 +129,10 @@ def test_killed_at_any_moment_the_last_checkpoint_is_whole(tmp_path):
         time.sleep(random.Random(seed).uniform(0, 0.03))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        path = last_checkpoint(str(tmp_path))
-        make_checkpointer(tmp_path, nn.Linear(500, 500)).resume(path)
-    checkpoint.remove_stale_temporaries(str(tmp_path))
+        loader = make_checkpointer(tmp_path, nn.Linear(500, 500))
+        assert loader.resume_newest().path == str(tmp_path / "model_final.pth")
+    remove_stale_temporaries(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_final.pth"]
-
-
-# Finding
-
-
-def test_pointer_cases(tmp_path):
-    folder, pointer = str(tmp_path), tmp_path / "last_checkpoint"
-    assert last_checkpoint(folder) == ""  # a new folder: nothing to resume, no error
-    (tmp_path / "model_0000004.pth").write_bytes(b"x")
-    with pytest.raises(UserError, match="last_checkpoint is missing. .*model_0000004.pth"):
-        last_checkpoint(folder)
-    (tmp_path.parent / "outside.pth").write_bytes(b"x")
-    for name in ("", "gone.pth", "../outside.pth", str(tmp_path.parent / "outside.pth")):
-        pointer.write_text(name)
-        with pytest.raises(UserError, match="which is not there. .*model_0000004.pth"):
-            last_checkpoint(folder)
-    pointer.write_text("model_0000004.pth\n")
-    assert last_checkpoint(folder) == str(tmp_path / "model_0000004.pth")
 
 
 # Resuming
@@ -162,7 +155,7 @@ def test_everything_comes_back(tmp_path):
     assert data["iteration"] == 1 and data["classes"] == ["x"] and data["format"] == "fgd-1"
 
     loader = make_checkpointer(tmp_path, other := Detector())
-    loader.resume(loader.get_checkpoint_file())
+    assert loader.resume_newest() == (str(tmp_path / "model_0000001.pth"), 1, False)
     assert torch.equal(torch.rand(2), expected[0]) and random.random() == expected[1]
     assert torch.equal(other.student.weight, model.student.weight)
     assert torch.equal(other.distillation.weight, model.distillation.weight)
@@ -172,40 +165,65 @@ def test_everything_comes_back(tmp_path):
 def test_files_that_cannot_be_resumed_are_named(tmp_path):
     path = str(tmp_path / "stock.pth")
     torch.save({"model": nn.Linear(2, 3).state_dict(), "iteration": 4}, path)
-    with pytest.raises(UserError, match="stock.pth holds no training state of this project"):
+    with pytest.raises(UserError, match="stock.pth: it holds no training state of this project"):
         make_checkpointer(tmp_path).resume(path)
     make_checkpointer(tmp_path, nn.Linear(2, 4)).save("other", iteration=4)
     with pytest.raises(UserError, match=r"other.pth does not fit this config .*\[4, 2\]"):
         make_checkpointer(tmp_path).resume(str(tmp_path / "other.pth"))
 
 
-def test_changed_config_and_process_count_are_said(tmp_path, caplog):
+def test_another_training_is_refused_and_can_be_allowed(tmp_path, caplog):
     make_checkpointer(tmp_path).save("m", iteration=4)
+    data = torch.load(tmp_path / "m.pth", weights_only=True)
+    del data["checksum"]
+    torch.save({**data, "rng": data["rng"] * 2}, tmp_path / "m.pth")
     loader = make_checkpointer(tmp_path)
     loader.header = {**HEADER, "full_config": "A: {B: 2}"}
-    loader.resume(str(tmp_path / "m.pth"))
-    assert "--resume with another config: A.B: 1 -> 2" in caplog.text
-    assert "another teacher" not in caplog.text
-    data = torch.load(tmp_path / "m.pth", weights_only=True)
-    torch.save({**data, "rng": data["rng"] * 2}, tmp_path / "m.pth")
-    make_checkpointer(tmp_path).resume(str(tmp_path / "m.pth"))
-    assert "The run had 2 processes and has 1 now" in caplog.text
+    before = loader.student.weight.clone()
+    with pytest.raises(UserError, match="A.B: 1 -> 2; processes: 2 -> 1. Continue with"):
+        loader.resume_newest()
+    assert torch.equal(loader.student.weight, before)
+    assert loader.resume_newest(allow_changes=True).changed
+    assert "ANOTHER training than it began with: A.B: 1 -> 2; processes: 2 -> 1" in caplog.text
+    assert not torch.equal(loader.student.weight, before)
 
 
-def test_a_teacher_that_was_replaced_is_said(tmp_path, caplog):
-    for sha256 in ("1", "2"):
-        checkpointer = make_checkpointer(tmp_path)
-        checkpointer.header = {**HEADER, "teacher": {"weights": "t.pth", "sha256": sha256}}
-        if sha256 == "1":
-            checkpointer.save("m", iteration=4)
-        checkpointer.resume(str(tmp_path / "m.pth"))
-        assert ("another teacher: the content of t.pth" in caplog.text) is (sha256 == "2")
+def test_diverged_weights_can_be_looked_at_but_not_continued_from(tmp_path):
+    saver = make_checkpointer(tmp_path)
+    saver.save("model_0000001", iteration=1)
+    path = saver.save_diverged(5)
+    data = torch.load(path, weights_only=True)
+    assert data["iteration"] == 4 and data["model"].keys() == {"weight", "bias"}
+    assert os.path.basename(path) == "model_diverged_0000005.pth"
+    assert saver.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    os.remove(tmp_path / "model_0000001.pth")
+    with pytest.raises(UserError, match="nothing in .* can be continued from"):
+        saver.resume_newest()
 
 
-def test_config_changes_names_the_keys():
-    old, new = "A: {B: 1, C: [1]}\nD: x", "A: {B: 1, C: [2]}\nE: y"
-    assert config_changes(old, new) == ["A.C: [1] -> [2]", "D: x -> None", "E: None -> y"]
-    assert config_changes(old, old) == []
+def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):
+    saver = TrainingCheckpointer(
+        nn.Linear(2, 3), str(tmp_path), header=HEADER, trainer=Trainer(), keep=3
+    )
+    events = []
+    monkeypatch.setattr(run_folder, "write_pointer", lambda *x: events.append(x[1]))
+    monkeypatch.setattr(run_folder.os, "remove", lambda x: events.append(os.path.basename(x)))
+    for i in range(4):
+        saver.save(f"model_{i:07d}", iteration=i)
+    assert events == [*(f"model_{i:07d}.pth" for i in range(4)), "model_0000000.pth"]
+
+
+def test_fifty_checkpoints_leave_three_and_the_final_one(tmp_path):
+    saver = TrainingCheckpointer(
+        nn.Linear(2, 3), str(tmp_path), header=HEADER, trainer=Trainer(), keep=3
+    )
+    saving = SavePeriodically(saver, 1, ignore_errors=False)
+    saving.max_iter = 50
+    for i in range(50):
+        saving.step(i)
+        assert len(list(tmp_path.glob("model_0*.pth"))) == min(3, i + 1)
+    periodic = [f"model_{i:07d}.pth" for i in (47, 48, 49)]
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", *periodic, "model_final.pth"]
 
 
 def test_loss_normalizers_are_found_by_name():

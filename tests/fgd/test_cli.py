@@ -93,7 +93,7 @@ def test_distilled_run_needs_its_teacher_only_for_training(tmp_path, config_file
     state = torch.load(tmp_path / "teacher.pth", weights_only=True)
     state["model"].popitem()
     torch.save(state, tmp_path / "teacher.pth")
-    code, err = run(capfd, "--config-file", config_file)
+    code, err = run(capfd, "--config-file", config_file, "OUTPUT_DIR", tmp_path / "other")
     assert code == 2 and "1 not in the file" in error_line(err)
     (tmp_path / "teacher.pth").unlink()
     final = tmp_path / "out" / "model_final.pth"
@@ -166,7 +166,8 @@ def test_parser_has_detectron2s_options_and_real_examples():
     parser = cli.build_parser()
     theirs = {x for a in default_argument_parser()._actions for x in a.option_strings}
     ours = {x for a in parser._actions for x in a.option_strings}
-    assert ours - theirs == {"--debug"} and theirs <= ours
+    added = {"--debug", "--timeout", "--allow-config-change", "--overwrite"}
+    assert ours - theirs == added and theirs <= ours
     text = parser.format_help()
     for name in re.findall(r"--config-file (configs/\S+)", text):
         assert name.startswith("configs/fgd_")

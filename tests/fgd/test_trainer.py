@@ -1,4 +1,3 @@
-import copy
 import hashlib
 import json
 import logging
@@ -10,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine.train_loop import HookBase
 from detectron2.modeling import build_model
 
 from fgd.config import student_config
-from fgd.errors import DivergedError, UserError
-from fgd.trainer import FGDTrainer, StopTogether, check_finite
+from fgd.errors import UserError
+from fgd.history import CLOCKS
+from fgd.trainer import FGDTrainer
 
-from .training import distilled, training_cfg
+from .training import assert_equal, distilled, training_cfg
 
 
 def train(cfg, resume=False):
@@ -36,23 +35,6 @@ def read_metrics(folder):
     """The last value of everything in metrics.json."""
     lines = (folder / "metrics.json").read_text().splitlines()
     return {key: value for line in lines for key, value in json.loads(line).items()}
-
-
-def assert_equal(a, b, path=""):
-    """Deep, bit by bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 RUNS = {
@@ -148,72 +130,6 @@ def test_checkpoint_of_a_distilled_run_is_a_plain_student(tmp_path):
     assert {"loss_cls", "loss_fgd_attention", "fgd/p3", "lr", "data_time", "bbox/AP"} <= logged
 
 
-class PoisonAt(HookBase):
-    """Makes the loss of one iteration NaN."""
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            model = self.trainer.model
-            forward = model.forward
-            model.forward = lambda x: {k: v * torch.nan for k, v in forward(x).items()}
-
-
-def test_nan_loss_stops_without_a_step(tmp_path, caplog):
-    cfg = training_cfg(tmp_path)
-    trainer = FGDTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.register_hooks([PoisonAt(5)])
-    states = []
-    trainer.optimizer.register_step_post_hook(
-        lambda *_: states.append(copy.deepcopy(trainer.model.state_dict()))
-    )
-    with pytest.raises(DivergedError) as error:
-        trainer.train()
-    text = str(error.value)
-    assert "iteration 5: a loss became infinite or NaN (loss_cls nan, loss_box_reg nan)" in text
-    assert "BASE_LR" in text and "\n" not in text and error.value.exit_code == 3
-    assert len(states) == 5
-    trained = dict(trainer.model.named_parameters())
-    assert all(torch.equal(p, states[-1][name]) for name, p in trained.items())
-    assert all(p.isfinite().all() for p in trained.values())
-    saved = Path(cfg.OUTPUT_DIR)
-    assert sorted(x.name for x in saved.glob("*.pth")) == ["model_0000003.pth"]
-
-
-def test_divergence_found_by_detectron2_itself_counts_too(tmp_path, monkeypatch):
-    trainer = FGDTrainer(training_cfg(tmp_path))
-
-    def forward(batch):
-        raise FloatingPointError("Predicted boxes contain Inf/NaN.\nTraining has diverged.")
-
-    monkeypatch.setattr(trainer.model, "forward", forward)
-    with pytest.raises(DivergedError, match="iteration 0: Predicted boxes contain Inf/NaN. Train"):
-        trainer.train()
-
-
-def test_step_trainer_fits_both_versions_of_detectron2():
-    """main's ``_write_metrics`` has one parameter more than v0.6's."""
-
-    class OnMain:
-        calls = []
-
-        def _write_metrics(self, loss_dict, data_time, prefix="", iter=None):
-            self.calls.append((loss_dict, data_time, prefix, iter))
-
-    class Step(StopTogether, OnMain):
-        pass
-
-    losses = {"a": torch.tensor(1.0)}
-    Step()._write_metrics(losses, 0.5, iter=3)
-    assert OnMain.calls == [(losses, 0.5, "", 3)]
-    with pytest.raises(DivergedError):
-        Step()._write_metrics({"a": torch.tensor(torch.nan)}, 0.5)
-    assert len(OnMain.calls) == 1
-
-
 def test_scale_of_mixed_precision_is_resumed(tmp_path):
     cfg = training_cfg(tmp_path)
     trainer, other = FGDTrainer(cfg), FGDTrainer(cfg)
@@ -221,12 +137,6 @@ def test_scale_of_mixed_precision_is_resumed(tmp_path):
     other._trainer.grad_scaler = torch.amp.GradScaler("cpu")
     other.load_state_dict(trainer.state_dict())
     assert other._trainer.grad_scaler.get_scale() == 8.0
-
-
-def test_check_finite_looks_at_the_sum():
-    check_finite({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
-    with pytest.raises(DivergedError, match=r"\(a 1, b inf\)"):
-        check_finite({"a": torch.tensor(1.0), "b": torch.tensor(torch.inf)})
 
 
 def test_resume_of_a_finished_run_has_nothing_to_do(tmp_path):
@@ -238,17 +148,70 @@ def test_resume_of_a_finished_run_has_nothing_to_do(tmp_path):
     assert trainer.is_complete and trainer.start_iter == 2
 
 
-def test_fresh_run_in_a_used_folder_cannot_be_mixed_up(tmp_path, caplog):
+def test_a_folder_of_another_run_is_refused_or_emptied(tmp_path, caplog):
     cfg = training_cfg(tmp_path, opts=("SOLVER.MAX_ITER", 1))
+    first = train(cfg)
+    folder = Path(cfg.OUTPUT_DIR)
+    before = (folder / "model_final.pth").read_bytes()
+    (folder / ".tmp_fgd_1_model_final.pth").write_bytes(b"half")
+    (folder / "mine.pth").write_bytes(b"weights that the user keeps there")
+    with pytest.raises(UserError, match="holds another run .last_checkpoint, model_final.pth"):
+        FGDTrainer(cfg).resume_or_load(resume=False)
+    assert (folder / "model_final.pth").read_bytes() == before
+    assert not list(folder.glob(".tmp*"))
+    cfg.SEED = 2
+    second = FGDTrainer(cfg)
+    second.resume_or_load(resume=False, overwrite=True)
+    assert not [x for x in folder.iterdir() if x.name.startswith(("model_", "last", "metrics"))]
+    assert "--overwrite: deleted metrics.json, last_checkpoint, model_final.pth of" in caplog.text
+    second.train()
+    assert (folder / "mine.pth").exists() and first.iter == second.iter
+    assert load(folder / "model_final.pth")["trainer"]["data_seed"] == 2
+
+
+def test_an_allowed_change_of_the_solver_takes_effect(tmp_path):
+    """The checkpoint's optimizer and schedule would bring the old learning rate back."""
+    cfg = training_cfg(tmp_path, opts=("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", ()))
     train(cfg)
-    (Path(cfg.OUTPUT_DIR) / ".tmp_fgd_1_model_final.pth").write_bytes(b"half")
-    FGDTrainer(cfg).resume_or_load(resume=False)
-    names = {x.name for x in Path(cfg.OUTPUT_DIR).iterdir()}
-    assert "last_checkpoint" not in names and "model_final.pth" in names
-    assert not [x for x in names if x.startswith(".tmp")]
-    assert "holds an earlier run" in caplog.text
-    with pytest.raises(UserError, match="last_checkpoint is missing.*model_final.pth"):
-        FGDTrainer(cfg).resume_or_load(resume=True)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.004, "SOLVER.MOMENTUM", 0.5, "SOLVER.MAX_ITER", 6])
+    trainer = FGDTrainer(cfg)
+    with pytest.raises(UserError, match="BASE_LR: 0.01 -> 0.004; SOLVER.MOMENTUM: 0.9 -> 0.5"):
+        trainer.resume_or_load(resume=True)
+    trainer = FGDTrainer(cfg)
+    trainer.resume_or_load(resume=True, allow_changes=True)
+    momenta = [x["momentum_buffer"] for x in trainer.optimizer.state_dict()["state"].values()]
+    assert sum(x.abs().sum() > 0 for x in momenta) > 10
+    assert {(g["lr"], g["momentum"]) for g in trainer.optimizer.param_groups} == {(0.004, 0.5)}
+    trainer.train()
+    assert read_metrics(Path(cfg.OUTPUT_DIR))["lr"] == 0.004
+    unchanged = FGDTrainer(cfg)
+    unchanged.resume_or_load(resume=True)  # the config as the run now is
+    assert unchanged.is_complete
+
+
+def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path):
+    """Stopped right after a checkpoint, before that iteration was evaluated and written."""
+    opts = ("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 20, "TEST.EVAL_PERIOD", 20)
+    cfg = training_cfg(tmp_path, opts=opts)
+    train(cfg)
+    whole = metrics_lines(Path(cfg.OUTPUT_DIR))
+    assert [line["iteration"] for line in whole] == [19, 23, 24]
+    assert "bbox/AP" in whole[0] and "loss_cls" in whole[1]
+    cfg.OUTPUT_DIR = str(tmp_path / "second")
+    shutil.copytree(tmp_path / "out", tmp_path / "second")
+    (tmp_path / "second" / "last_checkpoint").write_text("model_0000019.pth")
+    text = (tmp_path / "out" / "metrics.json").read_text()
+    for rest in (text[:-30], text, ""):
+        (tmp_path / "second" / "metrics.json").write_text(rest)
+        (tmp_path / "second" / "last_checkpoint").write_text("model_0000019.pth")
+        assert train(cfg, resume=True).start_iter == 20
+        assert metrics_lines(tmp_path / "second") == whole
+
+
+def metrics_lines(folder):
+    """metrics.json without what a clock says."""
+    lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
 def test_student_weights_may_be_partial_but_not_foreign(tmp_path):
@@ -295,5 +258,6 @@ def test_zero_weights_train_bit_equal_to_the_plain_student(tmp_path):
     cfg = distilled(plain_cfg, tmp_path)
     for term in ("FOREGROUND", "BACKGROUND", "ATTENTION", "RELATION"):
         cfg.MODEL.DISTILLER.FGD[f"{term}_WEIGHT"] = 0.0
+    cfg.OUTPUT_DIR = str(tmp_path / "distilled")
     plain, student = train(plain_cfg).model, train(cfg).model.student
     assert_equal(dict(plain.state_dict()), dict(student.state_dict()))

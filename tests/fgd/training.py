@@ -70,3 +70,20 @@ def distilled(cfg: CfgNode, folder: Path) -> CfgNode:
     cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(folder / "teacher.pth")
     return cfg
+
+
+def assert_equal(a, b, path=""):
+    """Deep, bit by bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path

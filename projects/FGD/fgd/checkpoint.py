@@ -9,88 +9,34 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
     iteration     index of the last finished iteration
     trainer       optimizer, schedule, AMP scaler, data seed, and "loss_normalizers" of each rank
     rng           states of the random number generators, one entry per rank
+    checksum      "sha256": that of all bytes before it ends the file, as the zip archive's comment
 """
 
-import glob
 import logging
 import os
 import shutil
-from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from . import compat, rng
+from . import compat, rng, run_folder
 from .config import META_ARCHITECTURE, student_config
+from .config_change import check_changes
 from .errors import UserError
+from .files import atomic_write, remove_stale_temporaries, save_sealed
+from .run_folder import FORMAT
+from .together import on_main_process
 from .weights import read_weights, weights_sha256
-from .yaml_config import parse_yaml
 
-FORMAT = "fgd-1"
-_TEMPORARY = ".tmp_fgd_"
-_POINTER = "last_checkpoint"
+__all__ = ["atomic_write", "remove_stale_temporaries", "TrainingCheckpointer", "describe_run"]
 
 logger = logging.getLogger(__name__)
-
-
-def atomic_write(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that at any moment ``path`` is the complete old or the complete new one.
-
-    The data is on the disk before the name is: after a power cut no empty file has it. When
-    ``write`` fails, the old file is untouched and nothing else is left behind.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    # In the same folder: a rename across file systems would be a copy.
-    temporary = os.path.join(folder, f"{_TEMPORARY}{os.getpid()}_{name}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # makes the rename itself durable
-    finally:
-        os.close(descriptor)
-
-
-def remove_stale_temporaries(folder: str) -> None:
-    """Delete what killed writers left behind. Only for a folder that no other run uses."""
-    for path in glob.glob(os.path.join(glob.escape(folder), f"{_TEMPORARY}*")):
-        logger.info(f"Removing {path}, left by an interrupted run")
-        os.remove(path)
-
-
-def last_checkpoint(folder: str) -> str:
-    """Path of the checkpoint that ``last_checkpoint`` names; "" when the folder has none at all.
-
-    Raises:
-        UserError: there are checkpoints but no pointer, or it names no checkpoint of this folder.
-    """
-    pointer = os.path.join(folder, _POINTER)
-    present = sorted(glob.glob("*.pth", root_dir=folder))
-    advice = (
-        f"Checkpoints there: {', '.join(present) or 'none'}; write the name of the one to continue "
-        "from into that file"
-    )
-    if not os.path.isfile(pointer):
-        if present:
-            raise UserError(f"--resume: {pointer} is missing. {advice}")
-        return ""
-    with open(pointer, errors="replace") as file:
-        name = file.read().strip()
-    if name not in present:
-        raise UserError(f"--resume: {pointer} names {name!r}, which is not there. {advice}")
-    return os.path.join(folder, name)
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -106,6 +52,7 @@ def describe_run(cfg: CfgNode) -> dict:
         classes = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))
     return {
         "format": FORMAT,
+        "checksum": "sha256",
         "config": student_config(cfg).dump(),
         "full_config": cfg.dump(),
         "classes": classes,
@@ -129,81 +76,123 @@ class TrainingCheckpointer(DetectionCheckpointer):
         save_dir: OUTPUT_DIR, a local folder.
         header: constant entries of each file (`describe_run`).
         trainer: has ``state_dict`` and ``load_state_dict``; without it only weights are saved.
+        keep: how many periodic checkpoints to keep; 0 = all.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str, *, header: dict, trainer=None):
+    def __init__(self, model: nn.Module, save_dir: str, *, header: dict, trainer=None, keep=0):
         super().__init__(model, save_dir)
-        self.header, self.trainer = header, trainer
+        self.header, self.trainer, self.keep = header, trainer, keep
+        self.last_saved = -1  # iteration of the file written last
         self.student = student_of(model)
         self.distillation = getattr(compat.unwrap(model), "distillation", None)
 
     def save(self, name: str, **extra) -> None:
         """Write ``{name}.pth``, then point `last_checkpoint` at it. All ranks call it together.
 
+        Args:
+            extra: further entries of the file; "iteration" is one of them.
         Raises:
-            UserError: the file cannot be written. Earlier files and the pointer are as before.
+            UserError: on all ranks: it cannot be written. Earlier files and `last_checkpoint` are
+                as before, and nothing else is left behind.
         """
         ranks = comm.gather((rng.get_state(), loss_normalizers(self.student)))
+        on_main_process(lambda: self._write(name, ranks, extra))
+        self.last_saved = extra.get("iteration", -1)
+
+    def _write(self, name: str, ranks: list, extra: dict) -> None:
         if not (self.save_dir and self.save_to_disk):
             return
-        data = {**self.header, "model": self.student.state_dict(), **extra}
-        data["distiller"] = self.distillation.state_dict() if self.distillation else {}
+        data = self._content(ranks, extra)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {path}")
+        try:
+            atomic_write(path, lambda file: save_sealed(data, file))
+            self.tag_last_checkpoint(f"{name}.pth")
+            run_folder.delete_old_checkpoints(self.save_dir, f"{name}.pth", self.keep)
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.save_dir).free
+            raise UserError(
+                f"cannot write {path}: {' '.join(str(error).split())} (it needs "
+                f"{_tensor_bytes(data) / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). Earlier "
+                "checkpoints are intact; make room and continue with --resume"
+            ) from error
+
+    def save_diverged(self, iteration: int) -> str:
+        """Write the weights as they are, for a look at them; this rank alone, no collective.
+
+        Returns:
+            The file's path. It holds no training state: --resume passes it over.
+        Raises:
+            OSError, RuntimeError: it cannot be written.
+        """
+        path = os.path.join(self.save_dir, f"model_diverged_{iteration:07d}.pth")
+        data = {**self.header, **self._weights(), "iteration": iteration - 1}
+        atomic_write(path, lambda file: save_sealed(data, file))
+        return path
+
+    def _weights(self) -> dict:
+        distiller = self.distillation.state_dict() if self.distillation else {}
+        return {"model": self.student.state_dict(), "distiller": distiller}
+
+    def _content(self, ranks: list, extra: dict) -> dict:
+        data = {**self.header, **self._weights(), **extra}
         data["rng"] = [state for state, _ in ranks]
         if self.trainer is not None:
             data["trainer"] = self.trainer.state_dict()
             data["trainer"]["loss_normalizers"] = [normalizers for _, normalizers in ranks]
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        logger.info(f"Saving checkpoint to {path}")
-        try:
-            atomic_write(path, lambda file: torch.save(data, file))
-            self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(self.save_dir).free / 2**20
-            raise UserError(
-                f"cannot write {path}: {' '.join(str(error).split())} ({free:.0f} MB are free). "
-                "Earlier checkpoints are intact; make room and continue with --resume"
-            ) from error
+        return data
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        text = last_filename_basename.encode()
-        atomic_write(os.path.join(self.save_dir, _POINTER), lambda file: file.write(text))
+        run_folder.write_pointer(self.save_dir, last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
-        return last_checkpoint(self.save_dir)
-
-    def forget_earlier_run(self) -> None:
-        """Drop the pointer of a run that gets replaced: --resume must never mix the two."""
-        pointer = os.path.join(self.save_dir, _POINTER)
-        if self.save_to_disk and os.path.exists(pointer):
-            logger.warning(
-                f"{self.save_dir} holds an earlier run. This one starts anew and overwrites files "
-                "of the same names (--resume would have continued it)"
-            )
-            os.remove(pointer)
+        """Path of the checkpoint that `resume_newest` would take; "" = there is none."""
+        found = run_folder.newest_checkpoint(self.save_dir)
+        return found[0] if found else ""
 
     def _load_file(self, filename: str) -> dict:
         return read_weights(filename)
 
-    def resume(self, path: str) -> None:
-        """Restore model, distillation modules, trainer and random numbers from a file of `save`.
+    def resume_newest(self, *, allow_changes: bool = False) -> Optional["Resumed"]:
+        """Continue from the newest checkpoint that is whole; None if the folder has none at all.
+
+        All ranks call it together and continue from the same one.
 
         Raises:
-            UserError: not such a file, damaged, or it does not fit this config.
+            UserError: there are some and none is whole, or as `resume`.
+        """
+        data = None
+
+        def choose() -> str:
+            nonlocal data
+            path, data = run_folder.newest_checkpoint(self.save_dir) or ("", None)
+            return path
+
+        path = on_main_process(choose)
+        if not path:
+            return None
+        return self.resume(path, data, allow_changes=allow_changes)
+
+    def resume(
+        self, path: str, data: Optional[dict] = None, *, allow_changes: bool = False
+    ) -> "Resumed":
+        """Restore model, distillation modules, trainer and random numbers from a file of `save`.
+
+        Args:
+            data: the file's content, if it has been read already.
+            allow_changes: go on although config, teacher, classes or the number of processes alter
+                the training.
+        Raises:
+            UserError: not such a file, damaged, it does not fit this config, or see
+                ``allow_changes``.
         """
         logger.info(f"Resuming from {path}")
-        data = read_weights(path)
-        if data.get("format") != FORMAT or "trainer" not in data:
-            raise UserError(
-                f"--resume: {path} holds no training state of this project; to start from its "
-                "weights pass MODEL.WEIGHTS instead"
-            )
-        for change in config_changes(data["full_config"], self.header["full_config"]):
-            logger.warning(f"--resume with another config: {change}")
-        before, now = (run.get("teacher") or {} for run in (data, self.header))
-        if before and now and before["sha256"] != now["sha256"]:
-            logger.warning(
-                f"--resume with another teacher: the content of {now['weights']} is not what it was"
-            )
+        data = data or run_folder.read_checkpoint(path)
+        changed = check_changes(
+            {**data, "processes": len(data["rng"])},
+            {**self.header, "processes": comm.get_world_size()},
+            allow=allow_changes,
+        )
         try:
             self.student.load_state_dict(data["model"])
             if self.distillation:
@@ -215,33 +204,48 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 "continue with the config.yaml beside it"
             ) from error
         self._resume_rank(data)
+        return Resumed(path, data["iteration"], changed)
 
     def _resume_rank(self, data: dict) -> None:
-        processes, rank = len(data["rng"]), comm.get_rank()
-        if processes != comm.get_world_size():
-            logger.warning(
-                f"The run had {processes} processes and has {comm.get_world_size()} now: it goes "
-                "on, but not with the same random numbers and images"
-            )
-            return
+        if len(data["rng"]) != comm.get_world_size():
+            return  # allowed, and said
+        rank = comm.get_rank()
         rng.set_state(data["rng"][rank])
         for name, value in data["trainer"]["loss_normalizers"][rank].items():
             self.student.get_submodule(name).loss_normalizer = value
 
 
-def config_changes(before: str, after: str) -> List[str]:
-    """Keys whose values differ between two config texts, as "KEY: before -> after"."""
-    old, new = (dict(_flatten(parse_yaml(text, "config"))) for text in (before, after))
-    keys = sorted(key for key in {**old, **new} if old.get(key) != new.get(key))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+class Resumed(NamedTuple):
+    """What a run was continued from."""
+
+    path: str
+    iteration: int  # the last finished one
+    changed: bool  # whether the training is altered from there on
 
 
-def _flatten(node: dict, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+class SavePeriodically(hooks.PeriodicCheckpointer):
+    """Detectron2's hook; with ``ignore_errors`` only a failure at the end stops the training."""
+
+    def __init__(self, checkpointer: TrainingCheckpointer, period: int, *, ignore_errors: bool):
+        super().__init__(checkpointer, period)
+        self.ignore_errors = ignore_errors
+
+    def step(self, iteration: int, **kwargs) -> None:
+        try:
+            super().step(iteration, **kwargs)
+        except UserError as error:
+            if not self.ignore_errors or iteration >= self.max_iter - 1:
+                raise
+            logger.warning(f"SOLVER.IGNORE_SAVE_ERRORS: training goes on, UNSAVED. {error}")
+
+
+def _tensor_bytes(value) -> int:
+    """Bytes of all tensors in nested dicts and lists; nearly all of a checkpoint's size."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    return sum(map(_tensor_bytes, value)) if isinstance(value, list) else 0
 
 
 def loss_normalizers(model: nn.Module) -> dict:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -17,12 +18,16 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .checkpoint import atomic_write, last_checkpoint
+from . import stop
+from .checkpoint import atomic_write
 from .config import check_config, load_config, student_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
-from .errors import UserError
-from .launch import WorkerError, launch, one_line
+from .doctor import command as doctor
+from .errors import StoppedError, UserError
+from .launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
+from .lock import folder_lock
+from .run_folder import check_unused, newest_checkpoint
 from .solver import check_solver
 from .trainer import FGDTrainer
 from .weights import load_complete
@@ -45,6 +50,12 @@ Your own COCO-format data:
     $ train_net.py --config-file configs/fgd_retinanet.yaml MODEL.RETINANET.NUM_CLASSES 3 \\
         DATASETS.JSON.TRAIN train.json DATASETS.JSON.TEST test.json
 
+Is everything as it should be? Check, and train nothing:
+    $ train_net.py --config-file configs/fgd_frcnn.yaml --doctor
+
+Start anew in the folder of another run, which is deleted:
+    $ train_net.py --config-file configs/fgd_frcnn.yaml --overwrite
+
 Evaluate a checkpoint:
     $ train_net.py --config-file output/config.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
@@ -55,15 +66,36 @@ Two machines with 8 GPUs each:
     (0)$ train_net.py --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST0:29500
     (1)$ train_net.py --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST0:29500
 
-Exit codes: 0 done, 1 unexpected error, 2 usage, config, path, data or weights, 3 diverged.
+SIGTERM, SIGUSR1 and Ctrl-C end a run after its step and a checkpoint; a second Ctrl-C at once.
+
+Exit codes: 0 done, 1 unexpected error, 2 usage, config, path, data or weights, 3 diverged,
+75 stopped by a signal with all saved, 130 stopped at once.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's options, and --debug."""
+    """Detectron2's options, and ours."""
     parser = default_argument_parser(epilog=_EPILOG)
     parser.set_defaults(dist_url="auto")
     parser.add_argument("--debug", action="store_true", help="print tracebacks of all errors")
+    doctor.add_options(parser)
+    parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="with --resume: go on although the config alters the training",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="without --resume: delete another run's files in OUTPUT_DIR and start anew",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="how long a process waits for the others before the job fails (default: %(default)s)",
+    )
     return parser
 
 
@@ -71,27 +103,46 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command and return its exit code; an error is one line on stderr."""
     args = build_parser().parse_args(argv)
     try:
-        # Read once before processes are started, so that a mistake is reported once.
-        device = load_checked_config(args).MODEL.DEVICE
-        return launch(
-            run,
-            (args,),
-            device=device,
-            processes=args.num_gpus,
-            machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-        )
-    except KeyboardInterrupt:
-        print("error: interrupted; continue with --resume", file=sys.stderr)
-        return 130
+        with stop.listening():
+            # Read once before processes are started, so that a mistake is reported once.
+            device = load_checked_config(args).MODEL.DEVICE
+            return launch(
+                run,
+                (args,),
+                device=device,
+                processes=args.num_gpus,
+                machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                timeout=args.timeout,
+            )
     except Exception as error:
         code = getattr(error, "exit_code", 1)
+        if code == StoppedError.exit_code:
+            if not under_torchrun() or os.environ["RANK"] == "0":
+                command = command_to_go_on(argv)
+                print(f"{one_line(error)}; go on with: {command}", file=sys.stderr)
+            return code
         print(f"error: {one_line(error)}", file=sys.stderr)
         if code == 1 or args.debug:
             details = error.details if isinstance(error, WorkerError) else traceback.format_exc()
             print(details, file=sys.stderr)
         return code
+
+
+def command_to_go_on(argv: Optional[Sequence[str]] = None) -> str:
+    """The command line of this process, for a shell in the same folder, with --resume.
+
+    Under torchrun, torchrun's; other launchers (srun) are not part of it.
+    """
+    words = sys.orig_argv if argv is None else [os.path.basename(sys.argv[0]), *argv]
+    own = len(sys.argv[1:] if argv is None else argv)
+    if under_torchrun() and os.path.exists(f"/proc/{os.getppid()}/cmdline"):
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read()).split("\0")[:-1]
+    program, options = words[: len(words) - own], words[len(words) - own :]
+    options = [x for x in options if x not in ("--resume", "--overwrite")]
+    return shlex.join([*program, "--resume", *options])
 
 
 def load_checked_config(args: argparse.Namespace) -> CfgNode:
@@ -100,6 +151,7 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: it cannot work here; found before anything is built or written.
     """
+    doctor.check_options(args)
     cfg = load_config(args.config_file, args.opts or ())
     check_device(cfg.MODEL.DEVICE)
     if not args.eval_only:
@@ -134,21 +186,41 @@ def run(args: argparse.Namespace) -> int:
     """What each process of the job does; returns the exit code 0."""
     cfg = load_checked_config(args)
     check_output_dir(cfg.OUTPUT_DIR)
+    if args.eval_only:
+        return evaluate(prepare(cfg, args), resume=args.resume)
+    if args.doctor:
+        return doctor.examine_only(prepare(cfg, args))
+    with folder_lock(cfg.OUTPUT_DIR):
+        if not (args.resume or args.overwrite):
+            check_unused(cfg.OUTPUT_DIR)
+        prepared = prepare(cfg, args)
+        if args.balance:
+            prepared = doctor.apply_balance(prepared, cfg, resume=args.resume)
+        return train(
+            prepared,
+            resume=args.resume,
+            allow_changes=args.allow_config_change,
+            overwrite=args.overwrite,
+        )
+
+
+def prepare(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """`set_up`; then the config with registered datasets whose classes fit the model."""
     set_up(cfg, args)
     cfg = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    check_class_count(cfg)
-    if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
-    return train(cfg, resume=args.resume)
+    if not args.doctor:  # which says it beside everything else
+        check_class_count(cfg)
+    return cfg
 
 
 def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Loggers; for training also the seed and OUTPUT_DIR/config.yaml.
 
-    Evaluation leaves that file alone: it is the record of the training, and exporting reads it.
+    Evaluation and doctor leave that file alone: it is the record of the training, and exporting
+    reads it.
     """
     names = ["fgd"]
-    if args.eval_only:
+    if args.eval_only or args.doctor:
         names += ["fvcore", "detectron2"]
     else:
         default_setup(cfg, args)  # makes those two itself
@@ -156,20 +228,28 @@ def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
 
 
-def train(cfg: CfgNode, *, resume: bool = False) -> int:
-    """Train to SOLVER.MAX_ITER, evaluate and write OUTPUT_DIR/results.json; returns 0."""
+def train(cfg: CfgNode, *, resume: bool = False, **options) -> int:
+    """Train to SOLVER.MAX_ITER, evaluate and write OUTPUT_DIR/results.json; returns 0.
+
+    Args:
+        resume, options: as `FGDTrainer.resume_or_load` takes them.
+    """
     trainer = FGDTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
+    trainer.resume_or_load(resume, **options)
     if trainer.is_complete:
         done, wanted = trainer.start_iter, trainer.max_iter
         logger.info(f"Training already complete (iteration {done} of {wanted})")
-        if os.path.exists(os.path.join(cfg.OUTPUT_DIR, RESULTS)):
+        final = os.path.basename(trainer.resumed_from) == "model_final.pth"
+        if final and os.path.exists(os.path.join(cfg.OUTPUT_DIR, RESULTS)):
             return 0
-        results = trainer.test(cfg, trainer.model)  # the run was stopped while it evaluated
+        if not final:  # killed just before it, or MAX_ITER was lowered
+            trainer.checkpointer.save("model_final", iteration=trainer.iter)
+        results = trainer.test(cfg, trainer.model)
     else:
+        doctor.before_step_one(trainer)
         trainer.train()
         results = trainer.last_results
-    write_results(cfg.OUTPUT_DIR, results, trainer.max_iter)
+    write_results(cfg.OUTPUT_DIR, results, max(trainer.start_iter, trainer.max_iter))
     return 0
 
 
@@ -183,7 +263,8 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     """
     path = cfg.MODEL.WEIGHTS
     if resume:
-        path = last_checkpoint(cfg.OUTPUT_DIR) or path
+        found = newest_checkpoint(cfg.OUTPUT_DIR)
+        path = found[0] if found else path
     if not path:
         raise UserError("--eval-only: name the checkpoint to evaluate with MODEL.WEIGHTS")
     model = build_model(student_config(cfg))

@@ -22,6 +22,12 @@ def add_solver_config(cfg: CfgNode) -> None:
     """
     # "SGD" as in Detectron2, or "AdamW"; both take BASE_LR, WEIGHT_DECAY and WEIGHT_DECAY_NORM.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Of the checkpoints that CHECKPOINT_PERIOD makes, keep only so many, the newest; 0 = all. The
+    # final one always stays.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
+    # A periodic checkpoint that cannot be written, say on a full disk, stops the training. True:
+    # only warn, and try again a period later. The final one must be written in any case.
+    cfg.SOLVER.IGNORE_SAVE_ERRORS = False
 
 
 def check_solver(cfg: CfgNode) -> None:
@@ -33,6 +39,10 @@ def check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in ("SGD", "AdamW"):
         raise UserError(f"SOLVER.OPTIMIZER: {solver.OPTIMIZER!r} is neither 'SGD' nor 'AdamW'")
+    if solver.KEEP_CHECKPOINTS < 0:
+        raise UserError(
+            f"SOLVER.KEEP_CHECKPOINTS: {solver.KEEP_CHECKPOINTS} is not a number of files, or 0"
+        )
     allowed = (*compat.clip_types(), FULL_MODEL)
     if solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE not in allowed:
         raise UserError(

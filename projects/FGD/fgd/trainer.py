@@ -8,55 +8,29 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer, TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+)
 from detectron2.utils import comm
 from torch import nn
 
-from . import compat, rng, solver
-from .checkpoint import TrainingCheckpointer, describe_run, remove_stale_temporaries, student_of
+from . import compat, rng, run_folder, solver
+from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .data.stream import TrainStream, build_train_stream
-from .errors import DivergedError
+from .errors import DivergedError, StoppedError
+from .files import remove_stale_temporaries
+from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
+from .step import AMPStep, RunningStatistics, SimpleStep
+from .stop import StopBeforeScoring, StopBetweenSteps, StoppableLoader, shield_worker
+from .together import on_main_process
 from .visualize.hook import picture_hooks
 from .weights import load_complete
 
 logger = logging.getLogger(__name__)
-
-
-class StopTogether:
-    """Mixin for Detectron2's step trainers: no rank steps with a loss that is NaN or infinite.
-
-    Detectron2 finds out on the main process only, while the others step and later wait for it. Both
-    versions call ``_write_metrics`` between backward and the optimizer's step.
-    """
-
-    def _write_metrics(self, loss_dict, data_time, *args, **kwargs):
-        check_finite(loss_dict)
-        super()._write_metrics(loss_dict, data_time, *args, **kwargs)
-
-
-class _SimpleStep(StopTogether, SimpleTrainer):
-    pass
-
-
-class _AMPStep(StopTogether, AMPTrainer):
-    pass
-
-
-def check_finite(loss_dict: dict) -> None:
-    """Raise on every rank if the total loss of any rank is NaN or infinite.
-
-    Raises:
-        DivergedError: lists each loss of this rank and the ranks concerned.
-    """
-    losses = {name: value.detach() for name, value in loss_dict.items()}
-    finite = torch.isfinite(sum(losses.values())).item()
-    ranks = [rank for rank, ok in enumerate(comm.all_gather(finite)) if not ok]
-    if ranks:
-        table = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-        where = f" on rank {', '.join(map(str, ranks))}" if comm.get_world_size() > 1 else ""
-        raise DivergedError(f"a loss became infinite or NaN{where} ({table})")
 
 
 class _NoTraceback(logging.Filter):
@@ -87,40 +61,102 @@ class FGDTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.stream = self.build_train_loader(cfg)
-        step = _AMPStep if cfg.SOLVER.AMP.ENABLED else _SimpleStep
+        step = AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep
         self._trainer = step(compat.wrap_ddp(model), self.stream, optimizer)
+        self._statistics = RunningStatistics(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = TrainingCheckpointer(
-            model, cfg.OUTPUT_DIR, header=describe_run(cfg), trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            header=describe_run(cfg),
+            trainer=weakref.proxy(self),
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.resumed_from = ""
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
         logger.info(describe_distillation(model))
 
-    def resume_or_load(self, resume: bool = True) -> None:
+    def resume_or_load(
+        self, resume: bool = True, *, allow_changes: bool = False, overwrite: bool = False
+    ) -> None:
         """Continue the run in OUTPUT_DIR, or start one from MODEL.WEIGHTS ("" = from scratch).
 
+        Args:
+            allow_changes: continue although the config alters the training.
+            overwrite: delete another run's files in OUTPUT_DIR and start anew.
         Raises:
-            UserError: see `TrainingCheckpointer`; or MODEL.WEIGHTS has nothing for the student.
+            UserError: see `TrainingCheckpointer.resume_newest`; OUTPUT_DIR holds another run; or
+                MODEL.WEIGHTS has nothing for the student.
         """
-        path = self.checkpointer.get_checkpoint_file() if resume else ""
-        if path:
-            self.checkpointer.resume(path)
+        fresh = [dict(group, params=None) for group in self.optimizer.param_groups]
+        base_lrs = list(self.scheduler.base_lrs)
+        resumed = self.checkpointer.resume_newest(allow_changes=allow_changes) if resume else None
+        if resumed:
             self.start_iter = self.stream.start = self.iter + 1
-            return
+            self.resumed_from = resumed.path
+            if resumed.changed:
+                self._adopt_solver(fresh, base_lrs)
+        else:
+            self._start_anew(resume, overwrite)
+        self._repair_metrics()
+
+    def _start_anew(self, resume: bool, overwrite: bool) -> None:
+        folder = self.cfg.OUTPUT_DIR
         if resume:
-            logger.info(f"--resume: {self.cfg.OUTPUT_DIR} has no checkpoint yet, starting anew")
-        self.checkpointer.forget_earlier_run()
+            logger.info(f"--resume: {folder} has no checkpoint yet, starting anew")
+        elif overwrite:
+            on_main_process(lambda: run_folder.delete_run(folder))
+        on_main_process(lambda: run_folder.check_unused(folder))
         load_student_weights(self.model, self.cfg.MODEL.WEIGHTS)
         if hasattr(compat.unwrap(self.model), "inherit_from_teacher"):
             compat.unwrap(self.model).inherit_from_teacher()
 
+    def _adopt_solver(self, groups: list, base_lrs: list) -> None:
+        """Learning rate, decay and momentum of the config instead of the checkpoint's."""
+        self.scheduler.base_lrs = base_lrs
+        rates = self.scheduler.get_lr()
+        for group, fresh, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
+            group.update(fresh, params=group["params"], lr=rate)
+
+    def _repair_metrics(self) -> None:
+        path, last = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter - 1
+        lines = on_main_process(lambda: repair_metrics(path, last))
+        self._continue_metrics.lost = last not in lines
+
     def train(self):
-        # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, with other
-        # rounding, so a new process would not continue bit by bit. Without a seed speed goes first.
-        with torch.jit.optimized_execution(self.cfg.SEED < 0):
-            return super().train()
+        """Train to the end.
+
+        Raises:
+            StoppedError: a signal asked for it; the state is saved. All ranks raise it.
+            DivergedError: see `run_step`.
+        """
+        self._finished = self.start_iter  # iterations
+        try:
+            # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, with
+            # other rounding, so a new process would not continue bit by bit. Without a seed speed
+            # goes first.
+            with torch.jit.optimized_execution(self.cfg.SEED < 0):
+                return super().train()
+        except StoppedError as stopped:
+            raise StoppedError(f"{stopped} {self._save_stopped()}") from None
+
+    def _save_stopped(self) -> str:
+        """Save what no periodic checkpoint has; says at which iteration and where it is."""
+        done = self._finished
+        where = f"at iteration {done} of {self.max_iter}"
+        if done == self.start_iter:
+            return f"{where}, before a step was done"
+        if self.checkpointer.last_saved != done - 1:
+            self.checkpointer.save(f"model_{done - 1:07d}", iteration=done - 1)
+        comm.synchronize()  # a rank that left now would be taken for a failure while another saves
+        return f"{where}, all saved in {self.cfg.OUTPUT_DIR}"
+
+    @property
+    def stop_signal(self) -> str:
+        """The signal that some rank had received by this step's loss; "" if there was none."""
+        return self._trainer.stop_signal
 
     @property
     def is_complete(self) -> bool:
@@ -133,24 +169,55 @@ class FGDTrainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})
 
     def run_step(self) -> None:
+        """One step, or, with a loss that is NaN or infinite on any rank, none on all ranks.
+
+        Raises:
+            DivergedError: with losses and images; the weights of before are in a file it names.
+        """
+        self._statistics.keep()
         try:
             super().run_step()
         except FloatingPointError as error:  # also Detectron2's own, e.g. from the RPN
+            self._statistics.restore()
             raise DivergedError(
-                f"iteration {self.iter}: {' '.join(str(error).split())}. Usual causes: "
+                f"iteration {self.iter}: {' '.join(str(error).split())}. "
+                f"{self._save_diverged(together=isinstance(error, DivergedError))}Usual causes: "
                 "SOLVER.BASE_LR too high, too short a warm-up, too large distillation weights, or "
                 "no pretrained MODEL.WEIGHTS"
             ) from error
+        self._finished = self.iter + 1
+
+    def _save_diverged(self, *, together: bool) -> str:
+        """Write the weights of before the step; a sentence on where, "" on ranks that need not.
+
+        Args:
+            together: all ranks are here; otherwise this one alone knows, and the others wait for
+                it in some collective.
+        """
+        text = ""
+        if comm.is_main_process() or not together:
+            try:
+                text = f"Weights before this step: {self.checkpointer.save_diverged(self.iter)}. "
+            except (OSError, RuntimeError) as error:  # a full disk must not hide the divergence
+                text = f"The weights could not be saved ({error}). "
+        if together:
+            comm.synchronize()
+        return text
 
     def build_hooks(self) -> list:
         # Before the writers.
         ret = [LogLevelTotals(), *picture_hooks(self.cfg), *super().build_hooks()]
-        if not comm.is_main_process():
-            # Saving gathers the random number states of all ranks; keep the main process's order.
-            before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))
-            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-            ret.insert(before_eval, hooks.PeriodicCheckpointer(self.checkpointer, period))
-        return ret
+        # Ours on every rank, in the main process's place: saving gathers what each rank has.
+        ret = [x for x in ret if not isinstance(x, hooks.PeriodicCheckpointer)]
+        saving = SavePeriodically(
+            self.checkpointer,
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            ignore_errors=self.cfg.SOLVER.IGNORE_SAVE_ERRORS,
+        )
+        before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))
+        ret[before_eval:before_eval] = [saving, StopBetweenSteps()]
+        self._continue_metrics = ContinueMetrics()
+        return [*ret, self._continue_metrics]
 
     def state_dict(self) -> dict:
         # Iteration and hooks, one of which has the schedule. v0.6 saves no more than that.
@@ -181,14 +248,23 @@ class FGDTrainer(DefaultTrainer):
         return build_train_stream(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = shield_worker
+        return StoppableLoader(loader)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         """COCO's evaluator, or Pascal VOC's for sets registered as such."""
         if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(
-            dataset_name, output_dir=folder, use_fast_impl=compat.has_fast_coco_eval()
-        )
+            evaluator = PascalVOCDetectionEvaluator(dataset_name)
+        else:
+            evaluator = COCOEvaluator(
+                dataset_name,
+                output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+                use_fast_impl=compat.has_fast_coco_eval(),
+            )
+        return DatasetEvaluators([StopBeforeScoring(), evaluator])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:

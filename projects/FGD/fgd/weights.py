@@ -16,6 +16,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys
 from torch import nn
 
 from .errors import UserError
+from .files import check_seal
 
 # Everything that numpy arrays, numbers and containers need; numpy 1 and 2 spell their module apart.
 _PICKLE_GLOBALS = {
@@ -139,14 +140,19 @@ def _read_pickle(path: str):
 
 
 def _read_torch(path: str):
-    _check_archive(path)
+    sealed = check_seal(path)
+    if not sealed:
+        _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise almost anything, EOFError without a text
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden:
             raise UserError(f"refused: contains code or objects ({forbidden[1]})") from None
         raise UserError(f"damaged or not a PyTorch file ({type(error).__name__})") from None
+    if isinstance(data, dict) and "checksum" in data and not sealed:
+        raise UserError("damaged: the SHA-256 that ends it is not there")
+    return data
 
 
 def _check_archive(path: str) -> None:
@@ -157,7 +163,7 @@ def _check_archive(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:  # or taken for encrypted
         raise UserError(f"damaged or incomplete ({error})") from None
     if damaged:
         raise UserError(f"damaged: the checksum of {damaged} is wrong; fetch or copy it again")

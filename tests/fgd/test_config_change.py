@@ -1,0 +1,101 @@
+import logging
+
+import pytest
+
+from fgd.config import get_fgd_cfg
+from fgd.config_change import check_changes, training_changes
+from fgd.errors import UserError
+
+
+def run(opts=(), **entries):
+    """What a checkpoint, or the run that resumes it, says of itself."""
+    cfg = get_fgd_cfg()
+    cfg.merge_from_list(list(opts))
+    text = entries.pop("full_config", None) or cfg.dump()
+    base = {"full_config": text, "classes": ["x"], "teacher": None, "processes": 1, "iteration": 9}
+    return {**base, **entries}
+
+
+ALTERING = {
+    "batch": ("SOLVER.IMS_PER_BATCH", 4),
+    "classes": ("MODEL.RETINANET.NUM_CLASSES", 3),
+    "rate": ("SOLVER.BASE_LR", 0.5),
+    "size": ("INPUT.MIN_SIZE_TRAIN", (640,)),
+    "data": ("DATASETS.TRAIN", ("other",)),
+    "weight": ("MODEL.DISTILLER.FGD.RELATION_WEIGHT", 1.0),
+    "seed": ("SEED", 5),
+}
+HARMLESS = {
+    "folder": ("OUTPUT_DIR", "elsewhere"),
+    "period": ("SOLVER.CHECKPOINT_PERIOD", 7),
+    "kept": ("SOLVER.KEEP_CHECKPOINTS", 7),
+    "evaluation": ("TEST.EVAL_PERIOD", 7),
+    "test size": ("INPUT.MIN_SIZE_TEST", 640),
+    "proposals": ("MODEL.RPN.POST_NMS_TOPK_TEST", 10),
+    "workers": ("DATALOADER.NUM_WORKERS", 0),
+    "start": ("MODEL.WEIGHTS", "other.pth"),
+    "longer": ("SOLVER.MAX_ITER", 90000),
+}
+
+
+@pytest.mark.parametrize("case", ALTERING)
+def test_what_alters_the_training_is_refused_with_its_key(case, caplog):
+    before, now = run(), run(ALTERING[case])
+    with pytest.raises(UserError, match=f"{ALTERING[case][0]}: .* -> .*--allow-config-change"):
+        check_changes(before, now, allow=False)
+    assert check_changes(before, now, allow=True) is True
+    assert "ANOTHER training" in caplog.text and ALTERING[case][0] in caplog.text
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_does_not_is_only_said(case, caplog):
+    caplog.set_level(logging.INFO, "fgd")
+    assert check_changes(run(), run(HARMLESS[case]), allow=False) is False
+    assert f"another config: {HARMLESS[case][0]}: " in caplog.text
+
+
+def test_the_same_config_is_no_change(caplog):
+    assert check_changes(run(), run(), allow=False) is False and not caplog.records
+
+
+def test_a_length_that_stretches_a_schedule_alters_it():
+    for key, value in (
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+        ("MODEL.DISTILLER.SCHEDULE.DECAY", "linear"),
+    ):
+        before, now = run((key, value)), run((key, value, "SOLVER.MAX_ITER", 90000))
+        assert training_changes(before, now) == (["SOLVER.MAX_ITER: 40000 -> 90000"], [])
+
+
+def test_another_teacher_is_one_of_other_content():
+    teacher = {"weights": "a.pth", "sha256": "1" * 64}
+    keys = ("MODEL.DISTILLER.TEACHER.WEIGHTS", "b.pth")
+    moved = run(keys, teacher={**teacher, "weights": "b.pth"})
+    altering, harmless = training_changes(run(teacher=teacher), moved)
+    assert altering == [] and len(harmless) == 1
+    with pytest.raises(UserError, match="content of the teacher's file: a.pth .SHA-256 11111111"):
+        check_changes(
+            run(teacher=teacher), run(teacher={**teacher, "sha256": "2" * 64}), allow=False
+        )
+
+
+def test_class_names_and_processes_count():
+    with pytest.raises(UserError, match=r"classes: \['x'\] -> \['y'\]; processes: 2 -> 1"):
+        check_changes(run(processes=2), run(classes=["y"]), allow=False)
+
+
+def test_a_finished_run_is_not_refused(caplog):
+    short = ("SOLVER.MAX_ITER", 10, "SOLVER.BASE_LR", 0.5)
+    assert check_changes(run(iteration=9), run(short), allow=False) is True
+    assert "The finished run had another config: SOLVER.BASE_LR" in caplog.text
+    with pytest.raises(UserError):
+        check_changes(run(iteration=8), run(short), allow=False)
+
+
+def test_a_key_that_is_new_acted_as_its_default():
+    old = get_fgd_cfg()
+    del old.SOLVER["OPTIMIZER"]
+    before = run(full_config=old.dump())
+    assert training_changes(before, run()) == ([], [])
+    changed = training_changes(before, run(("SOLVER.OPTIMIZER", "AdamW")))
+    assert changed == (["SOLVER.OPTIMIZER: SGD -> AdamW"], [])
