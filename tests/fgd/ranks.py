@@ -2,13 +2,15 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
-from fgd.errors import DivergedError
+from fgd import stop
+from fgd.errors import DivergedError, StoppedError
 from fgd.features import Level
 from fgd.losses import Weights
 from fgd.methods import FGD
@@ -27,11 +29,38 @@ class Poison(HookBase):
             module.forward = lambda batch: {k: v * torch.nan for k, v in forward(batch).items()}
 
 
-def train(folder: str) -> int:
-    """Two good steps, one that diverges; leaves rank{r}.pth."""
-    cfg = training_cfg(Path(folder), opts=("SOLVER.CHECKPOINT_PERIOD", 2))
+class Signal(HookBase):
+    """Asks rank 1 alone to stop, in the first iteration."""
+
+    def before_step(self):
+        if comm.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def stopped_after_one_step(cfg) -> tuple[str, list[str]]:
+    """The message, and the checkpoints that are there when this rank goes on."""
     trainer = FGDTrainer(cfg)
     trainer.resume_or_load(resume=False)
+    trainer.register_hooks([Signal()])
+    with stop.listening():
+        try:
+            trainer.train()
+        except StoppedError as error:
+            return str(error), sorted(os.listdir(cfg.OUTPUT_DIR))
+    return "not stopped", []
+
+
+def train(folder: str) -> int:
+    """A step and a stop, another step, one that diverges; leaves rank{r}.pth."""
+    cfg = training_cfg(Path(folder), opts=("SOLVER.CHECKPOINT_PERIOD", 2))
+    stopped, files = stopped_after_one_step(cfg)
+    with stop.listening():
+        return diverge(cfg, stopped, files)
+
+
+def diverge(cfg, stopped: str, files: list[str]) -> int:
+    trainer = FGDTrainer(cfg)
+    trainer.resume_or_load(resume=True)
     trainer.register_hooks([Poison()])
     initial = {k: v.clone() for k, v in trainer.model.module.state_dict().items()}
     try:
@@ -40,6 +69,9 @@ def train(folder: str) -> int:
     except DivergedError as error:
         message = str(error)
     result = {
+        "stopped": stopped,
+        "files": files,
+        "images": list(trainer.stream.last_images),
         "model": dict(trainer.model.named_parameters()),
         "initial": initial,
         "message": message,
@@ -48,7 +80,7 @@ def train(folder: str) -> int:
         "local_size": comm.get_local_size(),
         "threads": torch.get_num_threads(),
     }
-    torch.save(result, Path(folder) / f"rank{comm.get_rank()}.pth")
+    torch.save(result, Path(cfg.OUTPUT_DIR).parent / f"rank{comm.get_rank()}.pth")
     return 0
 
 
@@ -58,6 +90,18 @@ def die_on_rank_1() -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     comm.synchronize()
     return 0
+
+
+def hang_on_rank_1() -> int:
+    """Rank 1 waits for data that never come, while rank 0 waits for rank 1."""
+    if comm.get_rank() == 1:
+        never_ready()
+    comm.synchronize()
+    return 0
+
+
+def never_ready():
+    time.sleep(600)
 
 
 class Distilled(torch.nn.Module):
@@ -89,11 +133,25 @@ def distillation_batch():
     return images, teacher, list(torch.cat([corners, corners + 9], dim=2))
 
 
+def ten_steps(model, share=slice(None)):
+    """Trains with momentum on one batch, in float32."""
+    model.float()
+    images, teacher, boxes = (x[share] for x in distillation_batch())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(images.float(), teacher.float(), boxes).backward()
+        optimizer.step()
+
+
 def distil(folder: str) -> int:
-    """Gradients of `Distilled` under DDP, each rank with its share; leaves gradients{r}.pth."""
+    """`Distilled` under DDP, each rank with its share; leaves distilled{r}.pth."""
     model = torch.nn.parallel.DistributedDataParallel(Distilled())
     share = slice(2 * comm.get_rank(), 2 * comm.get_rank() + 2)
     model(*(x[share] for x in distillation_batch())).backward()
     gradients = {name: x.grad for name, x in model.module.named_parameters()}
-    torch.save(gradients, Path(folder) / f"gradients{comm.get_rank()}.pth")
+    trained = Distilled().float()
+    ten_steps(torch.nn.parallel.DistributedDataParallel(trained), share)
+    result = {"gradients": gradients, "weights": trained.state_dict()}
+    torch.save(result, Path(folder) / f"distilled{comm.get_rank()}.pth")
     return 0

@@ -21,7 +21,7 @@ from . import compat, stop
 from .errors import UserError
 
 TIMEOUT = 1800.0  # seconds that a process waits for the others
-GRACE = 5.0  # seconds that the others have to end by themselves after the first error
+GRACE = 3.0  # seconds that the others have to end by themselves after the first error
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -240,7 +240,8 @@ def _join(
         init_method=url,
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=max(timeout, TIMEOUT)),  # until all have been started
     )
     compat.create_local_process_group(processes)
     comm.synchronize()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
