@@ -116,8 +116,8 @@ class Runner:
             self.waiting.remove(run)
             try:
                 self.running.append(self._start(run))
-            except UserError as error:
-                self._fail(Failure(run, str(error), error.exit_code))
+            except (UserError, OSError) as error:
+                self._fail(Failure(run, str(error), UserError.exit_code))
 
     def _start(self, run: Run) -> Job:
         lost = [f for f in self.failures if f.run.arm == TEACHER and TEACHER in run.needs]

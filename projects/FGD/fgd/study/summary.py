@@ -125,8 +125,11 @@ def _detections(run: Run) -> List[dict]:
 
 
 def _check_same(run: Run, kind: str, found: float, reported: Optional[float]) -> None:
-    """Another evaluation into the same folder would leave detections that are not the results'."""
-    if reported is None or not abs(found - reported) < 0.01:
+    """Another evaluation into the same folder would leave detections that are not the results'.
+
+    Detectron2 reports no AP at all, not 0, where nothing was detected.
+    """
+    if not abs(found - (reported or 0.0)) < 0.01:
         raise UserError(
             f"{run}: results.json says {kind} AP {reported}, but the saved detections give "
             f"{found:.4f}; evaluate it again (train_net.py --eval-only)"
