@@ -55,6 +55,11 @@ def test_starting_later_gives_the_same_samples_for_any_number_of_workers(tmp_pat
     assert_same_batches(take(stream, 3), expected[4:])
 
 
+def test_first_batches_are_those_that_training_gets(tmp_path):
+    cfg = training_cfg(tmp_path, opts=("DATALOADER.NUM_WORKERS", 2))
+    assert_same_batches(build_train_stream(cfg).first_batches(5), take(build_train_stream(cfg), 5))
+
+
 def test_ranks_share_one_shuffle_without_overlap(tmp_path, monkeypatch):
     opts = ("DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 2)
     whole = sum(names(take(build_train_stream(training_cfg(tmp_path, opts=opts)), 6)), [])

@@ -11,7 +11,7 @@ import logging
 from typing import Callable, Iterable, Iterator, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import rng
 from ..errors import UserError
 from ..stop import shield_worker
+from .images import BadImage, ImageMapper
 
 logger = logging.getLogger(__name__)
 
@@ -44,29 +45,46 @@ def plan_batches(
 
 
 class _SeededSamples(Dataset):
-    """Maps a `SampleKey` to a training sample, augmented from (seed, rank, position)."""
+    """Maps a `SampleKey` to a training sample, augmented from (seed, rank, position).
 
-    def __init__(self, dicts: list, mapper: Callable, seed: int):
-        self.dicts = DatasetFromList(dicts, copy=False)
-        self.mapper = mapper
-        self.seed = seed
+    In the place of a bad image comes the next good one of its group, whichever worker asks and
+    whenever: the stream stays a function of the seed. The sample then has "skipped", the reasons.
+    """
+
+    def __init__(
+        self, dicts: Sequence[dict], mapper: Callable, seed: int, groups: Sequence[int], most: int
+    ):
+        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+        self.groups, self.most_bad = groups, most
         self.rank = comm.get_rank()
 
     def __getitem__(self, key: SampleKey) -> dict:
         index, position = key
-        sample = self.dicts[index]
-        with rng.seeded(self.seed, self.rank, position):
+        skipped: List[str] = []
+        for candidate in self._candidates(index):
             try:
-                return self.mapper(sample)
-            except OSError as error:
-                raise UserError(f"cannot read {sample.get('file_name')}: {error}") from error
+                with rng.seeded(self.seed, self.rank, position):
+                    sample = self.mapper(self.dicts[candidate])
+            except BadImage as error:
+                skipped.append(str(error))
+                if len(skipped) > self.most_bad:
+                    raise
+                continue
+            return {**sample, "skipped": skipped} if skipped else sample
+        raise BadImage(f"no image of its orientation can be used; {skipped[0]}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        for step in range(len(self.groups)):
+            candidate = (index + step) % len(self.groups)
+            if self.groups[candidate] == self.groups[index]:
+                yield candidate
 
 
 class TrainStream:
     """Iterate to get this rank's batches, lists of Detectron2's training dicts, without end.
 
     Set ``start``, the training iteration that gets the first batch, or ``seed`` before a batch is
-    drawn.
+    drawn. Iterating raises BadImage when more than ``most_bad`` different images are bad.
     """
 
     def __init__(
@@ -79,6 +97,7 @@ class TrainStream:
         seed: int,
         group_by_aspect_ratio: bool = True,
         num_workers: int = 0,
+        most_bad: int = 0,
     ):
         self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -86,6 +105,8 @@ class TrainStream:
         if group_by_aspect_ratio:
             self.groups = [0 if x["width"] > x["height"] else 1 for x in dicts]
         self.seed, self.start = seed, 0
+        self.most_bad = most_bad
+        self.bad_images: List[str] = []  # the reasons, each once
         self.last_images: List[str] = []  # of the batch drawn last
 
     def __iter__(self) -> Iterator[List[dict]]:
@@ -93,7 +114,8 @@ class TrainStream:
         # makes its iterator early (v0.6) can still be resumed.
         batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
         loader = DataLoader(
-            _SeededSamples(self.dicts, self.mapper, self.seed),
+            # In one block of memory, which workers share.
+            self._samples(DatasetFromList(self.dicts, copy=False)),
             batch_sampler=itertools.islice(batches, self.start, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
@@ -102,8 +124,30 @@ class TrainStream:
             worker_init_fn=shield_worker,
         )
         for batch in loader:
+            for sample in batch:
+                self._count(sample.pop("skipped", ()))
             self.last_images = [describe_image(sample) for sample in batch]
             yield batch
+
+    def _samples(self, dicts: Sequence[dict]) -> _SeededSamples:
+        return _SeededSamples(dicts, self.mapper, self.seed, self.groups, self.most_bad)
+
+    def _count(self, reasons: Iterable[str]) -> None:
+        for reason in set(reasons).difference(self.bad_images):
+            self.bad_images.append(reason)
+            count = len(self.bad_images)
+            if count > self.most_bad:
+                raise BadImage(
+                    f"{count} images cannot be used, DATALOADER.MAX_BAD_IMAGES is "
+                    f"{self.most_bad}; the last one: {reason}"
+                )
+            logger.warning(f"Skipped ({count} of at most {self.most_bad}): {reason}")
+
+    def first_batches(self, count: int) -> List[List[dict]]:
+        """The batches that iterations 0 to ``count - 1`` get, read here and now without workers."""
+        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
+        samples = self._samples(self.dicts)
+        return [[samples[key] for key in batch] for batch in itertools.islice(batches, count)]
 
 
 def describe_image(sample: dict) -> str:
@@ -117,7 +161,8 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
     SEED < 0 gives a random stream, the same in all processes.
 
     Raises:
-        UserError: unknown sampler, or IMS_PER_BATCH is not a multiple of the number of processes.
+        UserError: unknown sampler or BAD_IMAGES, or IMS_PER_BATCH is not a multiple of the number
+            of processes.
     """
     batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     if rest or batch_size == 0:
@@ -134,13 +179,23 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
     )
     return TrainStream(
         dicts,
-        DatasetMapper(cfg, True),
+        ImageMapper(cfg, True),
         _sampler_maker(cfg, dicts),
         batch_size=batch_size,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        most_bad=_most_bad(cfg),
     )
+
+
+def _most_bad(cfg: CfgNode) -> int:
+    policy, most = cfg.DATALOADER.BAD_IMAGES, cfg.DATALOADER.MAX_BAD_IMAGES
+    if policy not in ("error", "skip"):
+        raise UserError(f"DATALOADER.BAD_IMAGES: {policy!r} is neither 'error' nor 'skip'")
+    if most < 0:
+        raise UserError(f"DATALOADER.MAX_BAD_IMAGES: {most} is below 0")
+    return most if policy == "skip" else 0
 
 
 def _sampler_maker(cfg: CfgNode, dicts: list) -> Callable[[int], Iterable[int]]:

@@ -37,9 +37,10 @@ def balanced_factor(cfg: CfgNode, *, resume: bool) -> float:
         logger.info(f"--balance: the resumed run has MODEL.DISTILLER.FACTOR {factor:g}")
         return factor
     with rng.preserved():
-        patient = Patient.build(cfg, build_train_stream(cfg))
-        half = cfg.SOLVER.AMP.ENABLED
-        measured = measure(patient.model, patient.batches(cfg.DOCTOR.BATCHES), half=half)
+        stream = build_train_stream(cfg)
+        batches = stream.first_batches(cfg.DOCTOR.BATCHES)
+        model = Patient.build(cfg, stream).model
+        measured = measure(model, batches, half=cfg.SOLVER.AMP.ENABLED)
     factor = suggested_factor(measured)
     if not factor:
         raise UserError(

@@ -6,6 +6,7 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 
 from ..checkpoint import atomic_write
 from ..config import META_ARCHITECTURE
@@ -50,6 +51,7 @@ def examine_only(cfg: CfgNode) -> int:
     Raises:
         UserError: there are faults.
     """
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())  # as training does
     report = examine(cfg, Form.full(cfg))
     if comm.is_main_process():
         warnings = len(report.findings) - sum(x.verdict == "ok" for x in report.findings)

@@ -157,23 +157,30 @@ def _check_model(
         original = loaded.model.backbone
         report.findings.append(wiring.check_frozen(taught, model, patient.wrapped, original))
     report.findings.append(wiring.check_optimizer(model, patient.optimizer, taught, method))
+    batches = _draw(patient, form, scored=loaded is not None)
     if method is not None:
-        _check_losses(patient, form, report)
+        _check_losses(patient, batches[: form.batches], report)
     if loaded is not None:
-        _score(patient, loaded, form, report)
+        samples = [sample for batch in batches for sample in batch][: form.images]
+        _score(patient, loaded, samples, report)
 
 
-def _check_losses(patient: Patient, form: Form, report: Report) -> None:
+def _draw(patient: Patient, form: Form, *, scored: bool) -> List[List[dict]]:
+    """The first batches: as many as the losses need, or for the teacher's score if that is more."""
+    needed = -(-form.images // patient.stream.batch_size) if scored else 0
+    return patient.stream.first_batches(max(form.batches, needed))
+
+
+def _check_losses(patient: Patient, batches: List[List[dict]], report: Report) -> None:
     half = patient.cfg.SOLVER.AMP.ENABLED
     try:
-        batches = patient.batches(form.batches)
         measured = losses.measure(patient.model, batches, half=half)
     except UserError as error:
         advice = "the grids of student and teacher must agree on every batch"
         report.findings.append(Finding("losses", FAULT, str(error), advice))
         return
     factor = patient.cfg.MODEL.DISTILLER.FACTOR
-    report.findings.append(losses.check_losses(measured, factor, form.batches))
+    report.findings.append(losses.check_losses(measured, factor, len(batches)))
     report.findings.append(losses.check_gradients(measured))
     report.tables.append(losses.loss_table(measured, factor))
     report.figures["losses"] = {
@@ -184,9 +191,10 @@ def _check_losses(patient: Patient, form: Form, report: Report) -> None:
     }
 
 
-def _score(patient: Patient, loaded: teacher.LoadedTeacher, form: Form, report: Report) -> None:
+def _score(
+    patient: Patient, loaded: teacher.LoadedTeacher, samples: List[dict], report: Report
+) -> None:
     """Add what the whole teacher sees on training images. In the main process only."""
-    samples = patient.samples(form.images)
     truth = [sample["instances"] for sample in samples]
     flip = loaded.cfg.INPUT.FORMAT != patient.cfg.INPUT.FORMAT
     given = scoring.detect(loaded.model, samples, flip)

@@ -1,9 +1,6 @@
 """What is examined: the model that is about to be trained, its optimizer and its batches."""
 
-import copy
 from dataclasses import dataclass
-from itertools import islice
-from typing import List
 
 import torch
 from detectron2.config import CfgNode
@@ -21,7 +18,7 @@ class Patient:
 
     Attributes:
         cfg: with registered datasets. model: unwrapped, plain or Distiller; ``wrapped``: as it is
-            trained. stream: batches as the training will get them; not the trainer's own.
+            trained. stream: of the batches that the training will get.
     """
 
     cfg: CfgNode
@@ -32,10 +29,9 @@ class Patient:
 
     @classmethod
     def of(cls, trainer: FGDTrainer) -> "Patient":
-        """The trainer's model, ready for step one, and a stream of its own with equal batches."""
+        """What the trainer has, ready for step one."""
         wrapped = trainer._trainer.model
-        stream = _own(trainer.stream)
-        return cls(trainer.cfg, compat.unwrap(wrapped), wrapped, trainer.optimizer, stream)
+        return cls(trainer.cfg, compat.unwrap(wrapped), wrapped, trainer.optimizer, trainer.stream)
 
     @classmethod
     def build(cls, cfg: CfgNode, stream: TrainStream) -> "Patient":
@@ -45,18 +41,4 @@ class Patient:
         load_student_weights(model, cfg.MODEL.WEIGHTS)
         if hasattr(model, "inherit_from_teacher"):
             model.inherit_from_teacher()
-        return cls(cfg, model, model, optimizer, _own(stream))
-
-    def batches(self, count: int) -> List[List[dict]]:
-        """The first batches of this process."""
-        return list(islice(self.stream, count))
-
-    def samples(self, count: int) -> List[dict]:
-        """The first training samples of this process."""
-        return list(islice((sample for batch in self.stream for sample in batch), count))
-
-
-def _own(stream: TrainStream) -> TrainStream:
-    stream = copy.copy(stream)  # shares the dataset
-    stream.num_workers = 0  # a few batches are not worth processes of their own
-    return stream
+        return cls(cfg, model, model, optimizer, stream)
