@@ -29,7 +29,7 @@ def test_a_study_from_beginning_to_end_with_a_run_that_fails(config_file, tmp_pa
     study = json.loads((tmp_path / "study.json").read_text())
     assert [row["arm"] for row in study["arms"]] == ["teacher", "student", "distil"]
     assert [row["iterations"] for row in study["arms"]] == [None, 2, 2]
-    assert len(study["failed"]) == 1 and "inherit_0/console.txt)" in study["failed"][0]
+    assert len(study["missing"]) == 1 and "inherit_0/console.txt)" in study["missing"][0]
     names = [row["class"] for row in study["changes"]["bbox"]]
     assert names == ["all classes", "square", "disc", "cross"]
     page = (tmp_path / "study.html").read_text()
@@ -37,9 +37,14 @@ def test_a_study_from_beginning_to_end_with_a_run_that_fails(config_file, tmp_pa
     assert "FAILED: inherit, seed 0" in page
     assert "distil against student, boxes" in (tmp_path / "study.md").read_text()
 
-    (tmp_path / "distil_0" / "results.json").unlink()
-    assert main([*words, "--report"]) == 0  # trains nothing
-    assert "distil, seed 0: not run" in (tmp_path / "study.md").read_text()
+    # Damage costs what it concerns, no more; and --report trains nothing.
+    (tmp_path / "student_0" / "inference" / "coco_instances_results.json").unlink()
+    (tmp_path / "distil_0" / "model_final.pth").write_bytes(b"damaged")
+    assert main([*words, "--report"]) == 0
+    missing = json.loads((tmp_path / "study.json").read_text())["missing"]
+    assert missing[0] == "inherit, seed 0: not run"
+    assert missing[1].startswith("Changes between arms are not tested: student, seed 0: ")
+    assert missing[2].startswith("Attention is not shown: ") and "model_final.pth" in missing[2]
 
 
 @pytest.mark.parametrize(

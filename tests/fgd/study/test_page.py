@@ -19,7 +19,13 @@ def change(arm, against, name="all classes", p=0.04):
 
 def study(**more):
     rows = [row("student", bbox=SPREAD), row("distil", 25.4, bbox=SPREAD, segm=SPREAD)]
-    empty = {"facts": ["some facts"], "failed": [], "arms": rows, "changes": {}, "test": ["a test"]}
+    empty = {
+        "facts": ["some facts"],
+        "missing": [],
+        "arms": rows,
+        "changes": {},
+        "test": ["a test"],
+    }
     return {**empty, **more}
 
 
@@ -52,15 +58,15 @@ def test_change_table():
 def test_sections_tell_all_and_name_what_is_missing(tmp_path):
     changes = {"bbox": [change("a", "b"), change("a", "b", "cat"), change("c", "b")]}
     pictures = {"Losses": tmp_path / "losses.png"}
-    found = sections(study(changes=changes, failed=["FAILED: x"]), pictures)
+    found = sections(study(changes=changes, missing=["FAILED: x"]), pictures)
     assert [section.title for section in found] == [
-        *("Study", "Not finished", "AP, boxes", "AP, masks"),
+        *("Study", "Missing", "AP, boxes", "AP, masks"),
         *("a against b, boxes", "c against b, boxes", "Losses"),
     ]
     assert found[1].text == ["FAILED: x"]
     assert len(found[4].table) == 3 and found[4].text == ["a test", "Mean over seeds 0, 1."]
     assert found[5].text == ["Mean over seeds 0, 1."]  # the test is explained once
-    assert "Not finished" not in [section.title for section in sections(study(), {})]
+    assert "Missing" not in [section.title for section in sections(study(), {})]
 
 
 def test_markdown_links_pictures_and_keeps_cells_apart(tmp_path):

@@ -105,29 +105,35 @@ def _study(args: argparse.Namespace) -> int:
 
 def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] = ()) -> None:
     """Write study.json, study.md, study.html and their pictures; print the tables."""
-    main, output = main_arm(cfg), args.output
+    output = args.output
     study = collect(args, runs, cfg, failures)
+    pictures, not_drawn = draw(runs, study["arms"], main_arm(cfg), output)
+    study["missing"] += not_drawn
     write_json(output / "study.json", study)
-    found = sections(study, draw(runs, study["arms"], main, output))
+    found = sections(study, pictures)
     write_text(output / "study.html", html_page(found))
     write_text(output / "study.md", markdown(found))
-    print(markdown([section._replace(picture=None) for section in found if not section.picture]))
-    print(f"{output / 'study.html'}")
+    print(markdown([section for section in found if not section.picture]))
+    print(output / "study.html")
 
 
 def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]) -> Dict[str, Any]:
-    """All that the pages say: {"facts", "failed", "arms", "changes", "test", "budget"}."""
+    """All that the pages say: {"facts", "missing", "arms", "budget", "changes", "test"}."""
     failed = {str(failure.run): str(failure) for failure in failures}
     missing = [failed.get(str(run), f"{run}: not run") for run in runs if not is_finished(run)]
-    measured = None
+    measured, changed = None, {}
     if any(run.arm == LONG and is_finished(run) for run in runs):
         measured = budget.long_budget(runs, cfg, args.output)
+    try:
+        changed = changes(runs, main_arm(cfg), cfg, args.resamples)
+    except UserError as error:
+        missing.append(f"Changes between arms are not tested: {error}")
     return {
         "facts": _facts(args, cfg, measured),
-        "failed": missing,
+        "missing": missing,
         "arms": summarize(runs),
         "budget": measured,
-        "changes": changes(runs, main_arm(cfg), cfg, args.resamples),
+        "changes": changed,
         "test": _test_text(args.resamples),
     }
 

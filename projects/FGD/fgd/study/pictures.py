@@ -1,19 +1,18 @@
 """Pictures of a study: AP of each seed, losses, and what teacher and student attend to."""
 
-import copy
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from matplotlib.figure import Figure
 
 from ..config import load_config
 from ..data.datasets import register_from_config
-from ..distiller import Distiller
+from ..errors import UserError
 from ..visualize import attention_figure, level_maps, loss_figure
-from ..weights import load_complete, read_weights
+from ..visualize.__main__ import load_inputs
+from ..visualize.run import open_run
 from .arms import TEACHER, Run
 from .files import is_finished
 
@@ -22,8 +21,8 @@ _DPI = 110
 
 def draw(
     runs: Sequence[Run], rows: Sequence[dict], main: str, output: Path, images: int = 2
-) -> Dict[str, Path]:
-    """Caption → PNG in ``output``, of what has finished.
+) -> Tuple[Dict[str, Path], List[str]]:
+    """Caption → PNG in ``output``, of what has finished; and sentences on what could not be drawn.
 
     Args:
         rows: of `summarize`. main: the arm whose attention is shown, on so many test images.
@@ -41,10 +40,13 @@ def draw(
         figure = loss_figure(curves, ("total_loss", "loss_", "fgd/"))
         found[caption] = _save(figure, output / "losses.png")
     distilled = [run for run in done if run.arm == main]
-    for i, figure in enumerate(attention(distilled[0], images) if distilled else ()):
-        caption = f"Attention on a test image ({distilled[0]}), {i + 1} of {images}"
-        found[caption] = _save(figure, output / f"attention_{i + 1}.png")
-    return found
+    try:
+        for i, figure in enumerate(attention(distilled[0], images) if distilled else (), 1):
+            caption = f"Attention on a test image ({distilled[0]}), {i} of {images}"
+            found[caption] = _save(figure, output / f"attention_{i}.png")
+    except UserError as error:
+        return found, [f"Attention is not shown: {error}"]
+    return found, []
 
 
 def ap_figure(rows: Sequence[dict]) -> Figure:
@@ -67,12 +69,17 @@ def attention(run: Run, images: int) -> List[Figure]:
     """Masks and attention of the trained student and its teacher on test images with objects.
 
     Empty for other methods than FGD.
+
+    Raises:
+        UserError: checkpoint or teacher are not those of the run, or are gone.
     """
-    options = {**run.opts, "OUTPUT_DIR": str(run.folder)}
-    cfg = load_config(run.config_file, [word for pair in options.items() for word in pair])
+    teacher = run.opts["MODEL.DISTILLER.TEACHER.WEIGHTS"]
+    distiller, cfg = open_run(str(run.folder / "model_final.pth"), teacher)
     if cfg.MODEL.DISTILLER.METHOD != "FGD":
         return []
-    distiller = trained_distiller(cfg, run.folder / "model_final.pth")
+    options = [word for pair in run.opts.items() for word in pair]  # the data may have moved
+    cfg.DATASETS = load_config(run.config_file, options).DATASETS
+    cfg.OUTPUT_DIR = str(run.folder)  # generated pictures are there
     return [
         attention_figure(
             inputs["image"].permute(1, 2, 0).numpy()[:, :, :: -1 if _is_bgr(cfg) else 1],
@@ -83,29 +90,12 @@ def attention(run: Run, images: int) -> List[Figure]:
     ]
 
 
-def trained_distiller(cfg: CfgNode, checkpoint: Path) -> Distiller:
-    """The distiller of a config with the student and the trained modules of a checkpoint."""
-    with torch.random.fork_rng():
-        distiller = Distiller(cfg)
-    load_complete(distiller.student, str(checkpoint))
-    distiller.distillation.load_state_dict(read_weights(str(checkpoint))["distiller"])
-    return distiller
-
-
 def labelled_inputs(cfg: CfgNode, images: int) -> List[dict]:
-    """Mapped dicts of test images with objects, evenly spaced, at the size of the test.
-
-    The mapper is the training's, because only that reads objects, without its random flip.
-    """
-    cfg = register_from_config(cfg, ("TEST",)).clone()
-    cfg.defrost()
-    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED = "none", False
-    cfg.INPUT.MIN_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,)
-    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST
+    """Mapped dicts of so many test images with objects, evenly spaced, at the size of the test."""
+    cfg = register_from_config(cfg, ("TEST",))
     records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
-    mapper = DatasetMapper(cfg, is_train=True)
     chosen = records[:: max(1, len(records) // images)][:images] if images else []
-    return [mapper(copy.deepcopy(record)) for record in chosen]
+    return [load_inputs(record["file_name"], cfg, record) for record in chosen]
 
 
 def _is_bgr(cfg: CfgNode) -> bool:

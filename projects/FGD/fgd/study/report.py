@@ -67,8 +67,8 @@ def sections(study: Dict[str, Any], pictures: Dict[str, Path]) -> List[Section]:
     """
     rows = study["arms"]
     found = [Section("Study", study["facts"])]
-    if study["failed"]:
-        found.append(Section("Not finished", study["failed"]))
+    if study["missing"]:
+        found.append(Section("Missing", study["missing"]))
     for kind in [kind for kind in KINDS if any(kind in kinds(row) for row in rows)]:
         found.append(Section(f"AP, {KINDS[kind]}", _SUMMARY, summary_table(rows, kind)))
     first = True
