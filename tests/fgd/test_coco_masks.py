@@ -189,3 +189,21 @@ def test_rle_is_refused_for_training_with_polygons_and_fine_for_evaluation(tmp_p
     with pytest.raises(UserError, match="annotation 100 .* set INPUT.MASK_FORMAT bitmask"):
         register_from_config(cfg)
     register_from_config(cfg, splits=("TEST",))
+
+
+@pytest.mark.parametrize("mask_format, error", [("polygon", 0.02), ("bitmask", 1.5)])
+def test_drawn_shapes_have_masks_that_agree_with_their_boxes(mask_format, error, tmp_path):
+    """Flipped or not. Polygons are rounded to 0.01 px; bitmaps cover whole pixels."""
+    cfg = make_tiny_cfg("GeneralizedRCNN")
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.DATASETS.SHAPES.TRAIN_IMAGES, cfg.DATASETS.SHAPES.TEST_IMAGES = 12, 1
+    cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, mask_format
+    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
+    cfg = register_from_config(cfg)
+    mapper, seen = DatasetMapper(cfg, True), 0
+    for record in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]):
+        instances = mapper(record)["instances"]
+        boxes = instances.gt_masks.get_bounding_boxes().tensor
+        torch.testing.assert_close(boxes, instances.gt_boxes.tensor, atol=error, rtol=0)
+        seen += len(instances)
+    assert seen >= 12
