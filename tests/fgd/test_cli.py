@@ -166,7 +166,14 @@ def test_parser_has_detectron2s_options_and_real_examples():
     parser = cli.build_parser()
     theirs = {x for a in default_argument_parser()._actions for x in a.option_strings}
     ours = {x for a in parser._actions for x in a.option_strings}
-    added = {"--debug", "--timeout", "--allow-config-change", "--overwrite"}
+    added = {
+        "--debug",
+        "--timeout",
+        "--allow-config-change",
+        "--overwrite",
+        "--doctor",
+        "--balance",
+    }
     assert ours - theirs == added and theirs <= ours
     text = parser.format_help()
     for name in re.findall(r"--config-file (configs/\S+)", text):

@@ -69,6 +69,7 @@ def distilled(cfg: CfgNode, folder: Path) -> CfgNode:
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
     cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(folder / "teacher.pth")
+    cfg.DOCTOR.MIN_AP50 = 0.0  # random weights on purpose
     return cfg
 
 

@@ -203,10 +203,9 @@ def _score(
         return
     names = class_names(patient.cfg)
     by_class = _teacher_classes(names, loaded).verdict == OK
-    score = scoring.ap50(truth, given, by_class)
-    floor = patient.cfg.DOCTOR.MIN_AP50
-    report.findings.append(teacher.check_quality(score, floor, len(samples), by_class))
     swapped = scoring.detect(loaded.model, samples, not flip)
     confidence = [scoring.object_confidence(truth, x, by_class) for x in (given, swapped)]
     report.findings.append(teacher.check_channels(*confidence, loaded.cfg.INPUT.FORMAT))
+    score, floor = scoring.ap50(truth, given, by_class), patient.cfg.DOCTOR.MIN_AP50
+    report.findings.append(teacher.check_quality(score, floor, len(samples), by_class))
     report.figures["teacher_ap50"] = None if score != score else score

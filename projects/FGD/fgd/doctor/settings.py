@@ -13,8 +13,8 @@ CHECKS = (
     "optimizer",
     "losses",
     "gradients",
-    "quality",
     "channels",
+    "quality",
 )
 
 
