@@ -217,7 +217,16 @@ def cascade_mask(tiny_cfg, channels):
     return cfg
 
 
+def reppoints(tiny_cfg):
+    cfg = tiny_cfg("RetinaNet")
+    cfg.MODEL.META_ARCHITECTURE = "RepPoints"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.NORM = "build_reppoints_timm_fpn_backbone", "GN"
+    cfg.MODEL.REPPOINTS.NUM_CLASSES, cfg.MODEL.REPPOINTS.NUM_CONVS = 3, 1
+    return cfg
+
+
 PAIRS = {
+    "RepPoints-FCOS": lambda make: (reppoints(make), fcos(make, 24), {}),
     "RetinaNet-FCOS": lambda make: (make("RetinaNet"), fcos(make, 24), {}),
     "FCOS-RetinaNet": lambda make: (fcos(make, 16), make("RetinaNet", channels=24), {}),
     "Faster-CascadeMask": lambda make: (make("GeneralizedRCNN"), cascade_mask(make, 24), {}),

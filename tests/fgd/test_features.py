@@ -59,6 +59,8 @@ def test_without_a_partner_the_error_shows_both_sides_and_what_would_do():
         ["16", "p4", "(64)", "p4", "(256)", "p4", "<-", "p4"],
         ["32", "p5", "(64)", "-", "-"],
     ]
+    with pytest.raises(UserError, match=r"LEVELS \['p3', 'p3'\] names a level twice"):
+        match_levels(["p3", "p3"], STUDENT, teacher)
     with pytest.raises(UserError, match="the student has no level 'p9'"):
         match_levels(["p9"], STUDENT, teacher)
 

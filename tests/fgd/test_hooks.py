@@ -17,6 +17,7 @@ def test_level_totals_reach_the_storage_times_the_factor():
         hook.trainer = SimpleNamespace(model=model, storage=storage)
         hook.after_step()
         logged = {k: v[0] for k, v in storage.latest().items()}
+        assert storage.smoothing_hints()["distillation_factor"] is False
     assert logged == {"distillation_factor": 0.5, "fgd/p3": 0.75, "fgd/p4": 0.125}
 
 

@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
 
 from fgd.config import get_fgd_cfg
 from fgd.errors import UserError
 from fgd.schedule import Schedule, schedule_from_config
+
+from .test_trainer import assert_same_end, begin_second, read_metrics, train
+from .training import distilled, training_cfg
 
 
 def make(factor=1.0, max_iter=10, **node):
@@ -57,3 +62,18 @@ def test_it_is_said_in_words():
 def test_what_cannot_be_meant_is_refused(node, message):
     with pytest.raises(UserError, match=message):
         make(**node)
+
+
+@pytest.mark.parametrize("warmup, last", [(4, 0.5), (2, 0.25)])
+def test_a_run_resumed_within_the_schedule_is_bit_equal(warmup, last, tmp_path):
+    """Interrupted after four of eight steps, within the warm-up or the decay."""
+    cfg = distilled(training_cfg(tmp_path), tmp_path)
+    cfg.MODEL.DISTILLER.FACTOR = 0.01  # of an untrained teacher
+    cfg.MODEL.DISTILLER.SCHEDULE.update(START=2, WARMUP_ITERS=warmup, DECAY="linear")
+    train(cfg)
+    first = Path(cfg.OUTPUT_DIR)
+    begin_second(cfg, tmp_path / "second")
+    assert train(cfg, resume=True).start_iter == 4
+    assert_same_end(first, tmp_path / "second")
+    for folder in (first, tmp_path / "second"):
+        assert read_metrics(folder)["distillation_factor"] == 0.01 * last

@@ -58,6 +58,17 @@ def test_norms_are_found_where_the_level_ends(backbone):
     assert find_norm(neck, "p6") == "top_block.p6.norm"
 
 
+def test_every_level_of_reppoints_ends_in_a_norm(tiny_cfg):
+    cfg = tiny_cfg()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.NORM = "build_reppoints_timm_fpn_backbone", "GN"
+    neck = build_backbone(cfg).eval()
+    sources, _ = choose_sources("auto", neck, neck, PARTNERS)
+    output = neck(IMAGES)
+    for level, value in read_levels(neck, IMAGES, sources).items():
+        torch.testing.assert_close(neck.get_submodule(sources[level].norm)(value), output[level])
+        assert not torch.allclose(value, output[level], atol=0.1)
+
+
 def test_auto_is_before_group_normalisation_of_either_side(backbone):
     group, batch, plain = (backbone(norm) for norm in ("GN", "BN", ""))
 

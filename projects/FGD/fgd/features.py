@@ -78,6 +78,8 @@ def match_levels(
     """
     pairs = parse_level_map(level_map)
     problems, found = [], []
+    if len(set(names)) < len(names):
+        problems.append(f"MODEL.DISTILLER.LEVELS {list(names)} names a level twice")
     for name in pairs.keys() - set(names):
         problems.append(f"MODEL.DISTILLER.LEVEL_MAP names {name!r}, which is not distilled")
     for name in names:

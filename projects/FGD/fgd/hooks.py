@@ -19,4 +19,7 @@ class LogLevelTotals(HookBase):
             return
         totals = {f"fgd/{k}": v.item() for k, v in model.distillation.level_totals.items()}
         values = {name: total * model.factor for name, total in totals.items()}
-        self.trainer.storage.put_scalars(distillation_factor=model.factor, **values)
+        storage = self.trainer.storage
+        storage.put_scalars(**values)
+        # As it is, not the median of the last iterations.
+        storage.put_scalar("distillation_factor", model.factor, smoothing_hint=False)

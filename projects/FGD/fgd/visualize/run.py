@@ -1,13 +1,13 @@
 """A checkpoint of a distilled run → its distiller, with the teacher that taught."""
 
 import os
-from typing import Tuple
+from typing import Mapping, Tuple
 
 import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint import FORMAT
-from ..config import find_config_file, load_config_text
+from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..distiller import Distiller
 from ..errors import UserError
 from ..weights import load_complete, read_weights, weights_sha256
@@ -24,13 +24,13 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
         UserError: not such a checkpoint, a file is missing, or the teacher is another one.
     """
     data = read_weights(path)
-    if data.get("format") != FORMAT or not data.get("teacher"):
+    cfg = load_config_text(data.get("full_config", ""), f"config in {path}")
+    if data.get("format") != FORMAT or cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
         raise UserError(f"{path} is no checkpoint of a distilled training of this project")
-    cfg = load_config_text(data["full_config"], f"config in {path}")
     node = cfg.MODEL.DISTILLER.TEACHER
     node.WEIGHTS = teacher or node.WEIGHTS
     node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
-    _check_teacher(node, data["teacher"]["sha256"])
+    _check_teacher(node, data.get("teacher") or {})
     if cfg.MODEL.TIMM.NORM != "FrozenBN":  # which asks for pretrained weights
         cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
     _without_gpu(cfg)
@@ -45,7 +45,8 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
     return distiller.eval(), cfg
 
 
-def _check_teacher(node: CfgNode, sha256: str) -> None:
+def _check_teacher(node: CfgNode, recorded: Mapping[str, str]) -> None:
+    """``recorded``: the checkpoint's "teacher"; {} in those from before it was recorded."""
     if node.CONFIG_FILE:
         try:
             find_config_file(node.CONFIG_FILE)
@@ -54,10 +55,11 @@ def _check_teacher(node: CfgNode, sha256: str) -> None:
     if "://" not in node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
         raise UserError(f"teacher {node.WEIGHTS} is not there; say where it is with --teacher")
     found = weights_sha256(node.WEIGHTS)
-    if found != sha256:
+    taught = recorded.get("sha256", found)
+    if found != taught:
         raise UserError(
             f"teacher {node.WEIGHTS} (SHA-256 {found[:12]}…) is not the one that taught this "
-            f"student ({sha256[:12]}…)"
+            f"student ({taught[:12]}…)"
         )
 
 
