@@ -29,7 +29,8 @@ def test_a_study_from_beginning_to_end_with_a_run_that_fails(config_file, tmp_pa
     study = json.loads((tmp_path / "study.json").read_text())
     assert [row["arm"] for row in study["arms"]] == ["teacher", "student", "distil"]
     assert [row["iterations"] for row in study["arms"]] == [None, 2, 2]
-    assert len(study["missing"]) == 1 and "inherit_0/console.txt)" in study["missing"][0]
+    (missing,) = study["missing"]
+    assert missing.startswith("FAILED: inherit, seed 0: ") and "inherit_0" in missing
     names = [row["class"] for row in study["changes"]["bbox"]]
     assert names == ["all classes", "square", "disc", "cross"]
     page = (tmp_path / "study.html").read_text()

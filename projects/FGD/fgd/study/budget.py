@@ -55,7 +55,7 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
         done = [r.folder for r in runs if r.arm == arm and (r.folder / "results.json").exists()]
         seconds[arm] = step_seconds(done)
         if math.isnan(seconds[arm]):
-            raise UserError(f"{LONG}: no finished run of {arm} says how long a step takes")
+            raise UserError(f"no finished run of {arm} says how long a step takes")
     # A student is never trained for less than the others, should distillation cost nothing.
     ratio = max(1.0, seconds[main_arm(cfg)] / seconds[STUDENT])
     iterations = math.ceil(scheduled * ratio)

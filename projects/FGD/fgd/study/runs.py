@@ -38,8 +38,9 @@ class Failure(NamedTuple):
     stopped: bool = False
 
     def __str__(self) -> str:
-        state = "stopped" if self.stopped else "FAILED"
-        return f"{state}: {self.run}: {self.reason} (log: {self.run.folder / CONSOLE})"
+        log = self.run.folder / CONSOLE
+        where = f" (log: {log})" if log.exists() else ""  # it was started
+        return f"{'stopped' if self.stopped else 'FAILED'}: {self.run}: {self.reason}{where}"
 
 
 class Job(NamedTuple):
@@ -123,6 +124,7 @@ class Runner:
         lost = [f for f in self.failures if f.run.arm == TEACHER and TEACHER in run.needs]
         if lost:
             raise UserError("not started, there is no teacher")
+        command = self.command(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         gpu = self._free_gpu()
@@ -130,7 +132,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(run.folder / CONSOLE, "a") as console:
             process = subprocess.Popen(
-                self.command(run),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
