@@ -1,32 +1,35 @@
 """Run a model in training mode and leave no trace of it."""
 
 from contextlib import contextmanager
-from typing import Dict
 
 import torch
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from .. import rng
-from ..checkpoint import loss_normalizers, student_of
+
+_PLAIN = (bool, int, float, str, tuple)
+
+
+def _plain(module: nn.Module) -> dict:
+    """Plain attributes: the mode, running numbers that are no buffers, a Distiller's schedule."""
+    return {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
 
 
 @contextmanager
 def untouched(model: nn.Module):
     """Inside, forwards in training mode are free; after it, the model is bit by bit as before.
 
-    That is: buffers (batch norm's statistics), running numbers of foreground anchors, modes, all
-    random number generators, and what a Distiller keeps of its last step. Parameters and their
-    gradients are the caller's to leave alone: use torch.autograd.grad.
+    That is: buffers (batch norm's statistics), plain attributes of every module (its mode, the
+    running number of foreground anchors by which RetinaNet and FCOS divide their losses), and the
+    random number generators. Parameters and their gradients are the caller's to leave alone: use
+    torch.autograd.grad.
 
     Args:
         model: a plain detector or a Distiller, not wrapped.
     """
-    buffers: Dict[str, Tensor] = {k: v.detach().clone() for k, v in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    student = student_of(model)
-    normalizers = loss_normalizers(student)
-    kept = {k: getattr(model, k) for k in ("schedule", "factor") if hasattr(model, k)}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    attributes = {module: _plain(module) for module in model.modules()}
     try:
         # TorchScript rewrites a function after its first calls, with other rounding: not for us.
         with rng.preserved(), EventStorage(0), torch.jit.optimized_execution(False):
@@ -35,11 +38,9 @@ def untouched(model: nn.Module):
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-        for module, training in modes.items():
-            module.training = training
-        for name, value in normalizers.items():
-            student.get_submodule(name).loss_normalizer = value
-        for name, value in kept.items():
-            setattr(model, name, value)
+        for module, before in attributes.items():
+            for name in _plain(module).keys() - before.keys():
+                delattr(module, name)  # some come into being with the first step
+            vars(module).update(before)
         if getattr(model, "distillation", None) is not None:
             model.distillation.level_totals = {}
