@@ -15,6 +15,7 @@ HARMLESS = (
     "VERSION",
     "VIS_PERIOD",
     "TEST.",
+    "DOCTOR.",
     "DATASETS.TEST",
     "DATASETS.JSON.TEST",
     "DATASETS.JSON.TEST_IMAGES",
@@ -22,6 +23,9 @@ HARMLESS = (
     "DATASETS.SHAPES.ROOT",
     "DATASETS.SHAPES.TEST_IMAGES",
     "DATALOADER.NUM_WORKERS",
+    # A run that met a bad image goes on without it; whoever met none notices nothing.
+    "DATALOADER.BAD_IMAGES",
+    "DATALOADER.MAX_BAD_IMAGES",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.KEEP_CHECKPOINTS",
     "SOLVER.IGNORE_SAVE_ERRORS",

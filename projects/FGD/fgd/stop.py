@@ -8,12 +8,13 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, List
+from typing import Callable, Iterator, List
 
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
+from torch.utils.data import DataLoader
 
 from .errors import StoppedError
 
@@ -25,7 +26,7 @@ _last_acts: List[Callable[[], None]] = []
 
 
 def requested() -> str:
-    """Name of the first signal since `listening` began, "" if there was none."""
+    """Name of the first signal since `listening` began, "" if none came or nobody listens."""
     return _received[0].name if _received else ""
 
 
@@ -46,7 +47,6 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received.clear()
     before = {number: signal.signal(number, _receive) for number in SIGNALS}
     # A process that `launch` has started was given them blocked, until it could take them.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -55,6 +55,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
 
 
 def _receive(number: int, frame) -> None:
@@ -103,6 +104,20 @@ def _obey_parent() -> None:
     os._exit(0)
 
 
+def ended_with_its_workers(loader: DataLoader) -> Iterator:
+    """The batches of a loader; when they end, by an error too, its workers end at once.
+
+    By itself an error keeps the loader's iterator alive in its traceback. As cyclic garbage that
+    fails to reach its workers and waits 5 s for each of them.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
 class StopBetweenSteps(HookBase):
     """Ends training on all processes after the step in which one was asked to stop.
 
@@ -128,14 +143,14 @@ class StopBetweenSteps(HookBase):
 class StoppableLoader:
     """A loader whose iteration ends early when this process is asked to stop."""
 
-    def __init__(self, loader: Iterable):
+    def __init__(self, loader: DataLoader):
         self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        for batch in self.loader:
+        for batch in ended_with_its_workers(self.loader):
             if requested():
                 return
             yield batch

@@ -29,7 +29,8 @@ _SHAPES_NAME = re.compile(r"shapes_(train|test)(_[0-9a-f]{8})?")
 
 
 def add_data_config(cfg: CfgNode) -> None:
-    """Add DATASETS.JSON and DATASETS.SHAPES; `register_from_config` acts on them.
+    """Add DATASETS.JSON and DATASETS.SHAPES, which `register_from_config` acts on, and what to do
+    with bad images, which `fgd.data.stream` does.
 
     A config that names no data gets the generated shapes.
     """
@@ -45,6 +46,13 @@ def add_data_config(cfg: CfgNode) -> None:
     # Train on so many images, evenly spaced in the order of their ids; 0 = all. For studies of
     # few labels: every arm and seed gets the same images.
     node.TRAIN_LIMIT = 0
+
+    # What to do with a training image that is missing, damaged, not of the size that the JSON says,
+    # or not 8 bits per channel: "error" = stop and name it; "skip" = log it and train on the next
+    # one of its orientation instead. Test images are never skipped: it would change the metrics.
+    cfg.DATALOADER.BAD_IMAGES = "error"
+    # How many different images each process may skip; one more is an error.
+    cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
     # The generated set that "shapes_train" / "shapes_test" in DATASETS.TRAIN / TEST stand for.
     # Meaning, unit and range of each setting: fgd.data.drawing.ShapesSettings.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..errors import UserError
-from ..stop import shield_worker
+from ..stop import ended_with_its_workers, shield_worker
 from .images import BadImage, ImageMapper
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class TrainStream:
             generator=Generator(),
             worker_init_fn=shield_worker,
         )
-        for batch in loader:
+        for batch in ended_with_its_workers(loader):
             for sample in batch:
                 self._count(sample.pop("skipped", ()))
             self.last_images = [describe_image(sample) for sample in batch]
