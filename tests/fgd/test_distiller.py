@@ -282,8 +282,8 @@ def test_unequal_grids_after_padding_name_both(distiller_cfg, make_batch):
     with pytest.raises(UserError) as error:
         train_step(model, make_batch())
     text = str(error.value)
-    assert "cannot distil level 'p4': in a batch padded to 96x96 pixels" in text
-    assert "student's grid has 6x6 cells, the teacher's 6x5" in text
+    assert "cannot distil 'p4': in a batch padded to 96x96 pixels the student's 'p4'" in text
+    assert "has a grid of 6x6 cells, the teacher's 'p4' one of 6x5" in text
 
 
 def test_group_normalised_necks_are_distilled_before_the_norm(tiny_cfg, tmp_path, make_batch):

@@ -15,7 +15,7 @@ from .features import Level, distilled_level_names, level_table, match_levels
 from .inherit import inherit, neck_and_head
 from .methods import METHOD_REGISTRY
 from .schedule import ALWAYS, Schedule, schedule_from_config
-from .taps import FeatureTap, Sources, choose_sources, describe_sources, read_levels
+from .taps import FeatureTap, Source, Sources, choose_sources, describe_sources, read_levels
 from .teacher import FrozenTeacher, build_teacher
 
 logger = logging.getLogger(__name__)
@@ -131,10 +131,24 @@ class Distiller(nn.Module):
             UserError: the grids of a level differ between student and teacher.
         """
         taught = self.teacher.features(batched_inputs, padded_size)
-        _check_grids(features, taught, padded_size)
+        self._check_grids(features, taught, padded_size)
         boxes = [x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs]
         image_sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
         return self.distillation(features, taught, boxes, image_sizes, padded_size)
+
+    def _check_grids(
+        self, student: Features, taught: Features, padded_size: Tuple[int, int]
+    ) -> None:
+        for name in student.keys() & taught.keys():
+            own, other = ("x".join(map(str, x[name].shape[-2:])) for x in (student, taught))
+            if own != other:
+                partner = (self.teacher.sources or {}).get(name, Source(name)).output
+                raise UserError(
+                    f"cannot distil {name!r}: in a batch padded to {padded_size[0]}x"
+                    f"{padded_size[1]} pixels the student's {name!r} has a grid of {own} cells, "
+                    f"the teacher's {partner!r} one of {other}; choose another with MODEL.DISTILLER."
+                    "LEVEL_MAP, or leave the level out with MODEL.DISTILLER.LEVELS"
+                )
 
     def read_student(self, batched_inputs: List[dict]) -> Tuple[Features, Tuple[int, int]]:
         """The student's distilled features in its present mode, and the padded (height, width)."""
@@ -149,7 +163,7 @@ class Distiller(nn.Module):
         """
         self.distillation.level_totals = {}
         parts = (*self.distillation.parameters(), *features.values())
-        zero = sum(0.0 * part.flatten()[0].float() for part in parts)
+        zero = sum(0.0 * part[(0,) * part.dim()].float() for part in parts)
         return dict.fromkeys(self.distillation.loss_names, zero)
 
 
@@ -183,19 +197,6 @@ def _plan(cfg: CfgNode, student: Backbone, teacher: Backbone) -> _Plan:
         logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
     method = METHOD_REGISTRY.get(node.METHOD).from_config(cfg, levels)
     return _Plan(method, levels, *sources)
-
-
-def _check_grids(student: Features, taught: Features, padded_size: Tuple[int, int]) -> None:
-    for name in student.keys() & taught.keys():
-        grids = [tuple(side[name].shape[-2:]) for side in (student, taught)]
-        if grids[0] != grids[1]:
-            own, other = (f"{height}x{width}" for height, width in grids)
-            raise UserError(
-                f"cannot distil level {name!r}: in a batch padded to {padded_size[0]}x"
-                f"{padded_size[1]} pixels the student's grid has {own} cells, the teacher's "
-                f"{other}; map levels of one size with MODEL.DISTILLER.LEVEL_MAP, or leave "
-                "this one out with MODEL.DISTILLER.LEVELS"
-            )
 
 
 def _summary(cfg: CfgNode, teacher_cfg: CfgNode, levels: Sequence[Level]) -> str:
