@@ -146,8 +146,8 @@ class Distiller(nn.Module):
                 raise UserError(
                     f"cannot distil {name!r}: in a batch padded to {padded_size[0]}x"
                     f"{padded_size[1]} pixels the student's {name!r} has a grid of {own} cells, "
-                    f"the teacher's {partner!r} one of {other}; choose another with MODEL.DISTILLER."
-                    "LEVEL_MAP, or leave the level out with MODEL.DISTILLER.LEVELS"
+                    f"the teacher's {partner!r} one of {other}; choose another with "
+                    "MODEL.DISTILLER.LEVEL_MAP, or leave the level out with MODEL.DISTILLER.LEVELS"
                 )
 
     def read_student(self, batched_inputs: List[dict]) -> Tuple[Features, Tuple[int, int]]:
