@@ -151,3 +151,16 @@ def test_errors_of_the_measuring_process_are_one_line(config, tmp_path, capsys, 
     assert main(options.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "MASK_ON" in error and "Traceback" not in error
+
+
+def test_what_is_measured_distils_whatever_the_schedule(config):
+    cfg = config()
+    cfg.MODEL.DISTILLER.STUDENT, cfg.MODEL.FCOS.NUM_CLASSES = "FCOS", 1
+    cfg.MODEL.DISTILLER.FACTOR = 0.5
+    cfg.MODEL.DISTILLER.SCHEDULE.update(START=10, WARMUP_ITERS=10)
+    work = build_workload(cfg, SIZE, batch=1, boxes=2)
+    assert work.distiller.schedule.value(0) == 0.5
+    assert work.batch[0]["instances"].gt_classes.tolist() == [0, 0]  # of the student's classes
+    assert cfg.MODEL.DISTILLER.SCHEDULE.START == 10  # the caller's is untouched
+    levels = work.distiller.sources.keys()
+    assert all(teacher.sources.keys() == levels for teacher in work.teachers.values())

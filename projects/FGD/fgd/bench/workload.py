@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
+from ..data.checks import NUM_CLASSES_KEYS, config_value
 from ..errors import UserError
 from ..solver import check_solver
 from ..taps import Sources
@@ -65,8 +66,7 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
     check_solver(cfg)
     # What is measured is a step that distils.
     cfg.MODEL.DISTILLER.SCHEDULE = get_fgd_cfg().MODEL.DISTILLER.SCHEDULE
-    dense = cfg.MODEL.DISTILLER.STUDENT == "RetinaNet"
-    classes = (cfg.MODEL.RETINANET if dense else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    classes = config_value(cfg, NUM_CLASSES_KEYS[cfg.MODEL.DISTILLER.STUDENT])
     inputs = draw_batch(size, batch, boxes, classes)
     random = []
     torch.manual_seed(0)
