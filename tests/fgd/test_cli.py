@@ -1,9 +1,11 @@
 import json
 import logging
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fgd import cli
 from fgd.config import load_config
 from fgd.errors import UserError
 
-from .training import distilled, training_cfg
+from .training import assert_equal, distilled, training_cfg
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +196,88 @@ def test_output_dir_is_made_and_proved_writable(tmp_path):
     assert os.listdir(tmp_path / "a" / "b") == []
     with pytest.raises(UserError, match="not a local folder"):
         cli.check_output_dir("")
+
+
+def test_a_refused_run_changes_nothing_and_says_what_to_do(tmp_path, config_file, capfd):
+    command = ["--config-file", config_file]
+    assert run(capfd, *command)[0] == 0
+    out = tmp_path / "out"
+    before = {x.name: x.read_bytes() for x in out.iterdir() if x.suffix in (".pth", ".yaml")}
+    code, err = run(capfd, *command, "SOLVER.BASE_LR", "0.5")
+    assert code == 2 and "holds another run (last_checkpoint, model_final.pth)" in error_line(err)
+    longer = ["SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.005"]
+    code, err = run(capfd, *command, "--resume", *longer)
+    assert code == 2 and "SOLVER.BASE_LR: 0.01 -> 0.005" in error_line(err)
+    for name, content in before.items():
+        assert (out / name).read_bytes() == content
+    code, err = run(capfd, *command, "--resume", "--allow-config-change", *longer)
+    assert code == 0, err
+    assert "BASE_LR: 0.005" in (out / "config.yaml").read_text()
+    assert json.loads((out / "results.json").read_text())["iteration"] == 3
+    code, err = run(capfd, *command, "--overwrite")
+    assert code == 0, err
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 1
+    assert json.loads((out / "results.json").read_text())["iteration"] == 2
+
+
+def test_a_lowered_length_finds_the_run_complete(tmp_path, config_file, capfd):
+    """With its last checkpoint as the final one, also after a kill just before that."""
+    out, final = tmp_path / "out", tmp_path / "out" / "model_final.pth"
+    command = ["--config-file", config_file, "--resume", "SOLVER.STEPS", "()"]
+    command += ["SOLVER.CHECKPOINT_PERIOD", "1"]
+    assert run(capfd, *command)[0] == 0
+    whole = torch.load(final, weights_only=True)
+    for pointer, steps, done in (("1", 2, 2), ("0", 1, 1), ("1", 1, 2)):
+        for name in ("model_final.pth", "results.json"):
+            (out / name).unlink()
+        (out / "last_checkpoint").write_text(f"model_000000{pointer}.pth")
+        code, err = run(capfd, *command, "SOLVER.MAX_ITER", steps)
+        assert code == 0, err
+        assert f"already complete (iteration {done} of {steps})" in (out / "log.txt").read_text()
+        assert json.loads((out / "results.json").read_text())["iteration"] == done
+        assert torch.load(final, weights_only=True)["iteration"] == done - 1
+        if steps == 2:
+            assert_equal(whole, torch.load(final, weights_only=True))
+
+
+def test_a_second_job_in_the_folder_is_refused(tmp_path, config_file, capfd):
+    (tmp_path / "out").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{hold}; print(1, flush=True); sys.stdin.read()"]
+    command.append(str(tmp_path / "out" / ".fgd_lock"))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        code, err = run(capfd, "--config-file", config_file)
+        assert code == 2 and "is in use by another training run" in error_line(err)
+        assert os.listdir(tmp_path / "out") == [".fgd_lock"]
+        other.stdin.close()
+
+
+def _check_as_nobody(path, answer):
+    if os.getuid() == 0:  # for whom no folder is read-only
+        os.setuid(65534)
+    try:
+        cli.check_output_dir(path)
+    except UserError as error:
+        answer.put(str(error))
+    else:
+        answer.put("")
+
+
+@pytest.mark.parametrize("mode, message", [(0o555, "Permission denied"), (0o777, "")])
+def test_a_read_only_folder_is_refused(mode, message):
+    folder = tempfile.mkdtemp()  # pytest's own are closed to nobody
+    os.chmod(folder, mode)
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    try:
+        process = context.Process(target=_check_as_nobody, args=(folder, answer))
+        process.start()
+        text = answer.get()
+        process.join()
+        assert text == (f"OUTPUT_DIR {folder}: cannot write there ({message})" if message else "")
+        assert os.listdir(folder) == []
+    finally:
+        os.rmdir(folder)
+    with pytest.raises(UserError, match="cannot write there"):
+        cli.check_output_dir("/proc/no/such/place")

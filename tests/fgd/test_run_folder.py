@@ -9,6 +9,7 @@ from fgd.checkpoint import TrainingCheckpointer
 from fgd.errors import UserError
 from fgd.run_folder import (
     check_unused,
+    config_kept,
     delete_old_checkpoints,
     delete_run,
     newest_checkpoint,
@@ -173,3 +174,21 @@ def test_the_folder_of_another_run_is_recognised_and_only_its_files_deleted(fold
     check_unused(str(folder / "missing"))
     delete_run(str(folder))
     assert len(os.listdir(folder)) == 3
+
+
+def test_the_config_of_a_refused_run_is_taken_back(tmp_path):
+    path = tmp_path / "config.yaml"
+    for accepted, left in ((False, "old"), (True, "new")):
+        path.write_text("old")
+        with pytest.raises(UserError):
+            with config_kept(str(tmp_path)) as accept:
+                path.write_text("new")
+                if accepted:
+                    accept()
+                raise UserError("refused, or failed later")
+        assert path.read_text() == left
+    path.unlink()
+    with pytest.raises(UserError), config_kept(str(tmp_path)):
+        path.write_text("new")  # nothing to protect
+        raise UserError("refused")
+    assert path.exists()

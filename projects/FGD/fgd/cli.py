@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -27,7 +27,7 @@ from .doctor import command as doctor
 from .errors import StoppedError, UserError
 from .launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
 from .lock import folder_lock
-from .run_folder import check_unused, newest_checkpoint
+from .run_folder import check_unused, config_kept, newest_checkpoint
 from .solver import check_solver
 from .trainer import FGDTrainer
 from .weights import load_complete
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         return evaluate(prepare(cfg, args), resume=args.resume)
     if args.doctor:
         return doctor.examine_only(prepare(cfg, args))
-    with folder_lock(cfg.OUTPUT_DIR):
+    with folder_lock(cfg.OUTPUT_DIR), config_kept(cfg.OUTPUT_DIR) as accept:
         if not (args.resume or args.overwrite):
             check_unused(cfg.OUTPUT_DIR)
         prepared = prepare(cfg, args)
@@ -198,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
             prepared = doctor.apply_balance(prepared, cfg, resume=args.resume)
         return train(
             prepared,
+            accept,
             resume=args.resume,
             allow_changes=args.allow_config_change,
             overwrite=args.overwrite,
@@ -228,14 +229,18 @@ def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
 
 
-def train(cfg: CfgNode, *, resume: bool = False, **options) -> int:
+def train(
+    cfg: CfgNode, accept: Callable[[], None] = lambda: None, *, resume: bool = False, **options
+) -> int:
     """Train to SOLVER.MAX_ITER, evaluate and write OUTPUT_DIR/results.json; returns 0.
 
     Args:
+        accept: called when nothing stands against the run.
         resume, options: as `FGDTrainer.resume_or_load` takes them.
     """
     trainer = FGDTrainer(cfg)
     trainer.resume_or_load(resume, **options)
+    accept()
     if trainer.is_complete:
         done, wanted = trainer.start_iter, trainer.max_iter
         logger.info(f"Training already complete (iteration {done} of {wanted})")
@@ -244,11 +249,10 @@ def train(cfg: CfgNode, *, resume: bool = False, **options) -> int:
             return 0
         if not final:  # killed just before it, or MAX_ITER was lowered
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
-        results = trainer.test(cfg, trainer.model)
     else:
         doctor.before_step_one(trainer)
-        trainer.train()
-        results = trainer.last_results
+    trainer.train()
+    results = trainer.last_results
     write_results(cfg.OUTPUT_DIR, results, max(trainer.start_iter, trainer.max_iter))
     return 0
 

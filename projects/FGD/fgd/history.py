@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from typing import List
+from typing import Collection, List
 
 from detectron2.engine import HookBase, hooks
 
@@ -59,42 +59,42 @@ class ContinueMetrics(HookBase):
 
     def __init__(self):
         self.saved: dict = {}
-        self.lost = False  # to be set for a resumed run: its last iteration has no line
+        self.written: Collection[int] = ()  # iterations that have lines; to be set when resuming
 
     def state_dict(self) -> dict:
         storage = getattr(self.trainer, "storage", None)
         if storage is None:  # nothing was trained since it was loaded
             return self.saved
-        smoothed, current = {}, {}
-        for name, is_smoothed in storage.smoothing_hints().items():
+        state: dict = {"smoothed": {}, "single": {}}
+        for name, smoothed in storage.smoothing_hints().items():
             values = storage.history(name).values()
             if name in CLOCKS:
                 continue
-            if is_smoothed:
-                smoothed[name] = [list(pair) for pair in values[-_WINDOW:]]
-            elif values[-1][1] == self.trainer.iter:
-                current[name] = [list(values[-1])]
-        return {"smoothed": smoothed, "current": current}
+            if smoothed:
+                state["smoothed"][name] = [list(pair) for pair in values[-_WINDOW:]]
+            elif values[-1][1] > self._last_write():
+                state["single"][name] = [list(values[-1])]
+        return state
+
+    def _last_write(self) -> int:
+        """The iteration before this one after which the writers wrote; -1 = they have not yet."""
+        periods = [x._period for x in self.trainer._hooks if isinstance(x, hooks.PeriodicWriter)]
+        return self.trainer.iter // periods[0] * periods[0] - 1 if periods else -1
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.saved = state_dict
 
     def before_train(self):
-        last = self.trainer.iter - 1
+        storage, last = self.trainer.storage, self.trainer.iter - 1
         for kind, scalars in self.saved.items():
             for name, values in scalars.items():
-                self._put(name, values, kind == "smoothed", last)
-        self.trainer.storage.iter = self.trainer.iter
-        if self.saved and self.lost:
+                for value, storage.iter in values:
+                    storage.put_scalar(name, value, smoothing_hint=kind == "smoothed")
+                if storage.iter in self.written:
+                    storage.latest().pop(name)  # or a writer would write it once more
+        storage.iter = self.trainer.iter
+        if self.saved and last not in self.written:
             self._catch_up(last)
-
-    def _put(self, name: str, values: List[list], smoothed: bool, last: int) -> None:
-        storage = self.trainer.storage
-        for value, iteration in values:
-            storage.iter = iteration
-            storage.put_scalar(name, value, smoothing_hint=smoothed)
-        if values[-1][1] < last:
-            storage.latest().pop(name)  # has been written, or a writer would do it again
 
     def _catch_up(self, last: int) -> None:
         self.trainer.iter = self.trainer.storage.iter = last

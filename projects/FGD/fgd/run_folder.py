@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from typing import Iterator, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -152,6 +153,26 @@ def check_unused(folder: str) -> None:
             f"OUTPUT_DIR {folder} holds another run ({shown}). Add --resume to continue it, choose "
             "another OUTPUT_DIR, or add --overwrite to delete it"
         )
+
+
+@contextmanager
+def config_kept(folder: str) -> Iterator[Callable[[], None]]:
+    """Inside, config.yaml may be rewritten; an error brings the old one back.
+
+    A run that is refused must not change the record of the run that it was refused for.
+
+    Yields:
+        To be called when the run has been accepted; from then on the new one stays.
+    """
+    path = os.path.join(folder, "config.yaml")
+    before = open(path, "rb").read() if os.path.exists(path) else None
+    accepted: List[bool] = []
+    try:
+        yield lambda: accepted.append(True)
+    except BaseException:
+        if before is not None and not accepted:
+            atomic_write(path, lambda file: file.write(before))
+        raise
 
 
 def delete_run(folder: str) -> None:

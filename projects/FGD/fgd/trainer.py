@@ -6,7 +6,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
@@ -15,10 +15,12 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from . import compat, rng, run_folder, solver
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
+from .data.images import ImageMapper
 from .data.stream import TrainStream, build_train_stream
 from .errors import DivergedError, StoppedError
 from .files import remove_stale_temporaries
@@ -122,8 +124,8 @@ class FGDTrainer(DefaultTrainer):
 
     def _repair_metrics(self) -> None:
         path, last = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter - 1
-        lines = on_main_process(lambda: repair_metrics(path, last))
-        self._continue_metrics.lost = last not in lines
+        written = on_main_process(lambda: repair_metrics(path, last))
+        self._continue_metrics.written = written
 
     def train(self):
         """Train to the end.
@@ -138,9 +140,16 @@ class FGDTrainer(DefaultTrainer):
             # other rounding, so a new process would not continue bit by bit. Without a seed speed
             # goes first.
             with torch.jit.optimized_execution(self.cfg.SEED < 0):
-                return super().train()
+                return self._finish() if self.is_complete else super().train()
         except StoppedError as stopped:
             raise StoppedError(f"{stopped} {self._save_stopped()}") from None
+
+    def _finish(self) -> None:
+        """Do what follows the last step and a kill has prevented: evaluate and write metrics."""
+        with EventStorage(self.start_iter) as self.storage:
+            self.iter = self.start_iter
+            self.before_train()
+            self.after_train()
 
     def _save_stopped(self) -> str:
         """Save what no periodic checkpoint has; says at which iteration and where it is."""
@@ -249,7 +258,8 @@ class FGDTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
-        loader = super().build_test_loader(cfg, dataset_name)
+        mapper = ImageMapper(cfg, False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = shield_worker
         return StoppableLoader(loader)
 
