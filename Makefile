@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: setup demo quick test lint
+.PHONY: setup demo quick soak test lint
 
 setup: $(VENV)/installed
 
@@ -17,6 +17,9 @@ demo: setup
 
 quick: setup
 	$(RUN) python tools/quick.py --output output/quick
+
+soak: setup
+	$(RUN) python -m tools.soak --output output/soak
 
 lint: setup
 	$(RUN) ruff check .
