@@ -10,13 +10,13 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
 from fgd import stop
+from fgd.config import load_config
+from fgd.data.datasets import register_from_config
 from fgd.errors import DivergedError, StoppedError
 from fgd.features import Level
 from fgd.losses import Weights
 from fgd.methods import FGD
 from fgd.trainer import FGDTrainer
-
-from .training import training_cfg
 
 
 class Poison(HookBase):
@@ -50,9 +50,9 @@ def stopped_after_one_step(cfg) -> tuple[str, list[str]]:
     return "not stopped", []
 
 
-def train(folder: str) -> int:
+def train(config_file: str) -> int:
     """A step and a stop, another step, one that diverges; leaves rank{r}.pth."""
-    cfg = training_cfg(Path(folder), opts=("SOLVER.CHECKPOINT_PERIOD", 2))
+    cfg = register_from_config(load_config(config_file))
     stopped, files = stopped_after_one_step(cfg)
     with stop.listening():
         return diverge(cfg, stopped, files)
@@ -123,14 +123,20 @@ class Distilled(torch.nn.Module):
         return sum(self.method(student, {"p3": teacher}, boxes, sizes, sizes[0]).values())
 
 
-def distillation_batch():
+def distillation_batch(empty=()):
+    """Images, the teacher's maps, and boxes; none in the images of these numbers."""
     generator = torch.Generator().manual_seed(1)
     images, teacher = (
         torch.randn(4, channels, 8, 10, dtype=torch.float64, generator=generator)
         for channels in (3, 6)
     )
     corners = torch.rand(4, 3, 2, generator=generator) * 20
-    return images, teacher, list(torch.cat([corners, corners + 9], dim=2))
+    boxes = list(torch.cat([corners, corners + 9], dim=2))
+    return images, teacher, [b[:0] if i in empty else b for i, b in enumerate(boxes)]
+
+
+# Images without boxes: none, all of rank 1's, all.
+EMPTY = ((), (2, 3), (0, 1, 2, 3))
 
 
 def ten_steps(model, share=slice(None)):
@@ -148,8 +154,11 @@ def distil(folder: str) -> int:
     """`Distilled` under DDP, each rank with its share; leaves distilled{r}.pth."""
     model = torch.nn.parallel.DistributedDataParallel(Distilled())
     share = slice(2 * comm.get_rank(), 2 * comm.get_rank() + 2)
-    model(*(x[share] for x in distillation_batch())).backward()
-    gradients = {name: x.grad for name, x in model.module.named_parameters()}
+    gradients = []
+    for empty in EMPTY:
+        model.zero_grad()
+        model(*(x[share] for x in distillation_batch(empty))).backward()
+        gradients.append({name: x.grad.clone() for name, x in model.module.named_parameters()})
     trained = Distilled().float()
     ten_steps(torch.nn.parallel.DistributedDataParallel(trained), share)
     result = {"gradients": gradients, "weights": trained.state_dict()}

@@ -18,7 +18,7 @@ from fgd.launch import (
 )
 
 from . import ranks
-from .training import write_dataset
+from .training import distilled, training_cfg
 
 
 def test_one_process_is_this_one():
@@ -26,11 +26,15 @@ def test_one_process_is_this_one():
 
 
 def test_two_cpu_processes_train_one_model_and_stop_together(tmp_path):
-    """Equal weights on both ranks. A signal to rank 1 alone stops both after one step, all saved;
-    a NaN on rank 1 alone makes neither of them step.
+    """Equal weights on both ranks, while distillation rests and while it works. A signal to rank 1
+    alone stops both after one step, all saved; a NaN on rank 1 alone makes neither of them step.
     """
-    write_dataset(tmp_path / "data")
-    assert launch(ranks.train, (str(tmp_path),), device="cpu", processes=2) == 0
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 2, "MODEL.DISTILLER.SCHEDULE.START", 1)
+    cfg = distilled(training_cfg(tmp_path, opts=opts), tmp_path)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = (str(tmp_path / "config.yaml"),)
+    assert launch(ranks.train, arguments, device="cpu", processes=2) == 0
     a, b = (torch.load(tmp_path / f"rank{i}.pth", weights_only=True) for i in range(2))
     assert [(x["local_rank"], x["local_size"]) for x in (a, b)] == [(0, 2), (1, 2)]
     for result in (a, b):
@@ -48,19 +52,22 @@ def test_two_cpu_processes_train_one_model_and_stop_together(tmp_path):
     assert not torch.equal(saved["rng"][0]["torch"], saved["rng"][1]["torch"])
     moved = 0
     for name, value in saved["model"].items():
-        trained = a["model"].get(f"module.{name}")
-        moved += not torch.equal(value, a["initial"][name])
+        trained = a["model"].get(f"module.student.{name}")
+        moved += not torch.equal(value, a["initial"][f"student.{name}"])
         assert trained is None or torch.equal(value, trained)
     assert moved > 10
 
 
 def test_two_processes_distil_as_one(tmp_path):
-    """DDP's mean of the gradients of two halves of a batch is the whole batch's gradient, and ten
-    steps with it end within 1e-6 of one process's.
+    """DDP's mean of the gradients of two halves of a batch is the whole batch's gradient, without
+    boxes on one rank or all as well, and ten steps with it end within 1e-6 of one process's.
     """
     assert launch(ranks.distil, (str(tmp_path),), device="cpu", processes=2) == 0
-    model = ranks.Distilled()
-    model(*ranks.distillation_batch()).backward()
+    whole = []
+    for empty in ranks.EMPTY:
+        model = ranks.Distilled()
+        model(*ranks.distillation_batch(empty)).backward()
+        whole.append({name: x.grad for name, x in model.named_parameters()})
     alone = ranks.Distilled().float()
     start = {name: value.clone() for name, value in alone.state_dict().items()}
     ranks.ten_steps(alone)
@@ -68,12 +75,12 @@ def test_two_processes_distil_as_one(tmp_path):
     assert max(moved) > 1e-2, "vacuous: ten steps changed nothing"
     for rank in range(2):
         result = torch.load(tmp_path / f"distilled{rank}.pth", weights_only=True)
-        gradients, weights = result["gradients"], result["weights"]
         for name, value in alone.state_dict().items():
-            assert (weights[name] - value).abs().max() < 1e-6, name
-        assert gradients.keys() == dict(model.named_parameters()).keys()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+            assert (result["weights"][name] - value).abs().max() < 1e-6, name
+        for found, wanted in zip(result["gradients"], whole, strict=True):
+            assert found.keys() == wanted.keys()
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_a_killed_or_hung_process_ends_the_job(capfd):

@@ -1,5 +1,6 @@
 import copy
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,8 @@ def test_golden_vector():
     assert total.item() == pytest.approx(0.005285450744688178, rel=1e-13)
 
 
-coordinate = st.floats(-8, 72, width=32)
+# Inverted, zero-size and outside boxes come by themselves.
+coordinate = st.floats(-8, 72, width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,7 +134,7 @@ def test_equals_the_literal_reference(boxes, size, channels, temperature, seed, 
     boxes = [torch.tensor(b).reshape(-1, 4) for b in boxes]
     sizes = [(64, 64)] * len(boxes)
     loss = randomize(FGDLevelLoss(*channels, UNIT, temperature, terms).double(), seed)
-    student = random(len(boxes), channels[0], *size, seed=seed)
+    student = random(len(boxes), channels[0], *size, seed=seed).requires_grad_()
     teacher = random(len(boxes), channels[1], *size, seed=seed + 100)
     found = loss(student, teacher, *cell_weights(boxes, size, sizes, torch.float64))
     wanted = reference.terms(
@@ -142,6 +144,9 @@ def test_equals_the_literal_reference(boxes, size, channels, temperature, seed, 
         torch.testing.assert_close(
             found[name], torch.as_tensor(wanted[name], dtype=torch.float64), rtol=1e-9, atol=1e-12
         )
+    sum(found.values()).backward()
+    assert student.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in loss.parameters())
 
 
 @pytest.mark.parametrize("channels", [(3, 3), (2, 4)], ids=["same", "align"])

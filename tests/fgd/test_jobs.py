@@ -1,0 +1,155 @@
+"""Whole jobs as a user starts them: alone, under torchrun, on two machines; and signalled."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from .test_stop import is_running, wait_until
+from .test_trainer import assert_equal, load
+from .training import training_cfg
+
+TRAIN_NET = str(Path(__file__).parents[2] / "projects" / "FGD" / "train_net.py")
+STOPPED = r"^stopped by SIGTERM at iteration (\d+) of (\d+), all saved in (.*); go on with: (.*)$"
+
+
+def config_file(folder, opts=()):
+    """A yaml beside the data, with names that shells and old locales find difficult."""
+    cfg = training_cfg(folder, opts=opts)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    path = folder / "mein Lauf.yaml"
+    path.write_text(cfg.dump(allow_unicode=True), encoding="utf-8")
+    return path
+
+
+class Job:
+    """A command in the background; its stdout is read on, its stderr kept."""
+
+    def __init__(self, *command, **environment):
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
+            encoding="utf-8",
+        )
+        self.lines, self.errors = [], []
+        pipes = {self.process.stdout: self.lines, self.process.stderr: self.errors}
+        self.threads = [
+            threading.Thread(target=kept.extend, args=(pipe,), daemon=True)
+            for pipe, kept in pipes.items()
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def stop_in_training(self):
+        started = wait_until(
+            lambda: any("Starting training" in x for x in self.lines) or self.process.poll(), 300
+        )
+        assert started is True, self.errors
+        self.process.send_signal(signal.SIGTERM)
+
+    def end(self):
+        """Exit code and stderr."""
+        self.process.wait(timeout=300)
+        for thread in self.threads:
+            thread.join()
+        return self.process.returncode, "".join(self.errors)
+
+
+def processes_of(path):
+    """Ids of all processes whose command line names a file."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            named = os.fsencode(path) in (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if named and is_running(int(entry.name)):
+            found.append(int(entry.name))
+    return found
+
+
+def test_the_printed_command_goes_on_to_the_same_end(tmp_path):
+    """Spaces and umlauts in all paths, a link for OUTPUT_DIR, no locale, another time zone."""
+    folder = tmp_path / "Köln 1"
+    folder.mkdir()
+    (folder / "größer").mkdir()
+    (folder / "out").symlink_to("größer")
+    config = config_file(folder, ("SOLVER.MAX_ITER", 20, "SOLVER.STEPS", (15,)))
+    whole = ("OUTPUT_DIR", folder / "whole")
+    first = Job(sys.executable, TRAIN_NET, "--config-file", config, LC_ALL="C", TZ="Asia/Tokyo")
+    first.stop_in_training()
+    code, errors = first.end()
+    assert code == 75, errors
+    done, of, where, command = re.search(STOPPED, errors, re.MULTILINE).groups()
+    assert 0 < int(done) < int(of) == 20 and where == str(folder / "out")
+    saved = load(folder / "größer" / f"model_{int(done) - 1:07d}.pth")
+    assert saved["iteration"] == int(done) - 1
+    assert command.count("--resume") == 1
+    second = Job("sh", "-c", command, LC_ALL="C", TZ="America/New_York")
+    reference = Job(sys.executable, TRAIN_NET, "--config-file", config, *whole)
+    for job in (second, reference):
+        code, errors = job.end()
+        assert code == 0, errors
+    a, b = (load(folder / x / "model_final.pth") for x in ("größer", "whole"))
+    for key in ("model", "trainer", "rng"):
+        assert_equal(a[key], b[key], key)
+    lines = (folder / "größer" / "metrics.json").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines]
+    assert iterations == [int(done) - 1, 19, 20], "a line for the stop, none twice"
+
+
+LONG = ("SOLVER.MAX_ITER", 2000, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 5000)
+
+
+def assert_saved_by_two(folder, done):
+    saved = torch.load(folder / f"model_{int(done) - 1:07d}.pth", weights_only=True)
+    assert len(saved["rng"]) == 2
+    assert (folder / "last_checkpoint").read_text() == f"model_{int(done) - 1:07d}.pth"
+
+
+def test_torchrun_passes_the_signal_on_and_all_ranks_save_together(tmp_path):
+    config = config_file(tmp_path, LONG)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = Job(*torchrun, "--nproc-per-node", 2, TRAIN_NET, "--config-file", config)
+    job.stop_in_training()
+    code, errors = job.end()
+    assert code == 1, "torchrun knows no other code"
+    (found,) = re.findall(STOPPED, errors, re.MULTILINE)
+    done, _, where, command = found
+    assert where == str(tmp_path / "out")
+    start = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 {TRAIN_NET}"
+    assert command == f"{start} --resume --config-file '{config}'"
+    assert_saved_by_two(tmp_path / "out", done)
+    assert wait_until(lambda: not processes_of(config))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_machines_stop_together(tmp_path):
+    """A scheduler signals the launcher of every machine; each passes it on to its processes."""
+    config = config_file(tmp_path, LONG)
+    common = [TRAIN_NET, "--config-file", config, "--num-machines", 2]
+    common += ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    jobs = [Job(sys.executable, *common, "--machine-rank", rank) for rank in range(2)]
+    jobs[0].stop_in_training()
+    jobs[1].process.send_signal(signal.SIGTERM)
+    ends = [job.end() for job in jobs]
+    assert [code for code, _ in ends] == [75, 75], ends
+    for rank, (_, errors) in enumerate(ends):
+        done, _, _, command = re.search(STOPPED, errors, re.MULTILINE).groups()
+        assert "--resume" in command and f"--machine-rank {rank}" in command
+    assert_saved_by_two(tmp_path / "out", done)
+    assert wait_until(lambda: not processes_of(config))
