@@ -3,6 +3,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from detectron2.layers import deform_conv as d2_deform
 from detectron2.solver import build as d2_solver
 from detectron2.utils import comm
 from torch import nn
@@ -73,3 +74,37 @@ def test_ddp_gets_device_ids_only_on_cuda(monkeypatch, device, ids):
 
 def test_backend_follows_the_device():
     assert compat.backend_for("cpu") == "gloo" and compat.backend_for("cuda:0") == "nccl"
+
+
+@pytest.fixture
+def deformable():
+    """Detectron2's two layers in float64 with what their block gives them."""
+    options = {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2, "groups": 2}
+    layers = [
+        kind(4, 6, deformable_groups=2, bias=False, **options).double()
+        for kind in (d2_deform.DeformConv, d2_deform.ModulatedDeformConv)
+    ]
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    offset = torch.randn(2, 2 * 18, 5, 4, dtype=torch.float64)
+    return layers, x, offset, torch.rand(2, 2 * 9, 5, 4, dtype=torch.float64)
+
+
+def test_deformable_layers_run_on_torchvisions_operation(deformable):
+    """Two groups, two groups of offsets; zero offsets are a plain convolution; with gradients."""
+    (plain, modulated), x, offset, mask = deformable
+    assert plain(x, offset).shape == (2, 6, 5, 4)
+    torch.testing.assert_close(modulated(x, offset, torch.ones_like(mask)).shape, (2, 6, 5, 4))
+    for layer, rest in ((plain, ()), (modulated, (torch.ones_like(mask),))):
+        expected = nn.functional.conv2d(x, layer.weight, None, 2, 2, 2, 2)
+        torch.testing.assert_close(layer(x, torch.zeros_like(offset), *rest), expected)
+    modulated(x, offset.requires_grad_(), mask).square().sum().backward()
+    assert modulated.weight.grad.any() and offset.grad.any()
+
+
+def test_a_compiled_detectron2_keeps_its_own_deformable_convolution(monkeypatch):
+    own = object()
+    monkeypatch.setattr(d2_deform, "_C", ModuleType("_C"))
+    d2_deform._C.deform_conv_forward = None
+    monkeypatch.setattr(d2_deform, "deform_conv", own)
+    compat.lend_deform_conv()
+    assert d2_deform.deform_conv is own

@@ -1,10 +1,13 @@
 """FGD for Detectron2. Importing it registers the Distiller and the timm FPN backbones."""
 
+from .compat import lend_deform_conv
 from .config import add_fgd_config, get_fgd_cfg, load_config, student_config
 from .distiller import Distiller
 from .errors import DivergedError, UserError
 from .losses import FGDLevelLoss, Weights
 from .methods import FGD, METHOD_REGISTRY
+
+lend_deform_conv()
 
 __all__ = [
     "METHOD_REGISTRY",

@@ -6,10 +6,12 @@ supported. Elsewhere the project uses only what both have in common.
 
 import torch
 import torch.distributed as dist
+from detectron2.layers import deform_conv as d2_deform
 from detectron2.solver import build as d2_solver
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import deform_conv2d
 
 
 def create_local_process_group(processes_per_machine: int) -> None:
@@ -64,3 +66,23 @@ def clip_types() -> tuple[str, ...]:
 def backend_for(device: str) -> str:
     """Process group backend for a MODEL.DEVICE: NCCL between GPUs, gloo between CPU processes."""
     return "nccl" if torch.device(device).type == "cuda" else "gloo"
+
+
+def lend_deform_conv() -> None:
+    """Backbones with MODEL.RESNETS.DEFORM_ON_PER_STAGE on torchvision's operation, where
+    Detectron2's own is not compiled.
+
+    v0.6 then has layers that fail in the first forward on a GPU, and on a CPU in the first
+    backward. Those of main cannot be built at all then, and say so themselves.
+    """
+    if not hasattr(getattr(d2_deform, "_C", None), "deform_conv_forward"):
+        d2_deform.deform_conv, d2_deform.modulated_deform_conv = _deform_conv, _modulated
+
+
+def _deform_conv(x, offset, weight, stride, padding, dilation, groups, deformable_groups):
+    # torchvision reads both numbers of groups from the shapes; same for the next
+    return deform_conv2d(x, offset, weight, None, stride, padding, dilation)
+
+
+def _modulated(x, offset, mask, weight, bias, stride, padding, dilation, groups, deformable_groups):
+    return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
