@@ -47,8 +47,6 @@ def match(truth: COCO, detections: List[dict], kind: str) -> Matches:
     Args:
         detections: COCO results, as Detectron2 saves them. kind: "bbox" or "segm".
     """
-    if kind == "segm":  # with a box in them, pycocotools would take the area of that
-        detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
     with contextlib.redirect_stdout(io.StringIO()):
         found = _results(truth, detections)
         evaluation = COCOeval(truth, found, kind)
