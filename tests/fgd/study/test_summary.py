@@ -85,10 +85,8 @@ def tested(tmp_path):
 def test_changes_come_from_the_saved_detections(tested):
     runs, cfg = tested
     (rows,) = changes(runs, "inherit+distil", cfg, 200).values()
-    assert [(r["arm"], r["against"], r["class"]) for r in rows] == [
-        ("inherit+distil", "student", ALL),
-        ("inherit+distil", "student", "disc"),
-    ]
+    (pair,) = [(r["arm"], r["against"], r["class"]) for r in rows]  # one class is all of them
+    assert pair == ("inherit+distil", "student", ALL)
     assert rows[0]["difference"] == pytest.approx(100 * 70 / 101)
     assert 20 < rows[0]["low"] < rows[0]["high"] <= 100 and rows[0]["p"] < 0.02
     assert changes(runs, "inherit+distil", cfg, 200)["bbox"] == rows  # the same draws

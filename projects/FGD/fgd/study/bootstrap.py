@@ -30,10 +30,10 @@ def resampled_sets(images: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 
 def replicates(matches: Matches, sets: np.ndarray) -> Dict[str, np.ndarray]:
-    """AP in percent on every set, (1 + resamples,), of all classes together and of each."""
+    """AP in percent on every set, (1 + resamples,), of all classes and, if several, of each."""
     per_class = average_precision(matches, sets)
     named = dict(zip(matches.classes, per_class.T, strict=True))
-    return {ALL: overall(per_class), **named}
+    return {ALL: overall(per_class), **(named if len(named) > 1 else {})}
 
 
 def change(arm: Sequence[np.ndarray], against: Sequence[np.ndarray]) -> Change:
