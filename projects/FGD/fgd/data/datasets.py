@@ -16,6 +16,7 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils import comm
 
 from ..errors import UserError
+from ..together import on_main_process
 from .coco_json import CocoSummary, bad_box, summarize
 from .coco_masks import MASK_FORMATS
 from .drawing import ShapesSettings
@@ -143,24 +144,9 @@ def _register_shapes(split: str, cfg: CfgNode) -> str:
     root = Path(values.pop("root") or os.path.join(cfg.OUTPUT_DIR, "shapes"))
     settings = ShapesSettings(images=images[split], split=int(split == "test"), **values)
     folder = root / f"{split}-{settings.digest}"
-    _main_process_first(lambda: generate(folder, settings))
+    on_main_process(lambda: generate(folder, settings))
+    # Every process now finds the files, or, on a machine without shared disk, writes its own.
     return _register_json(str(generate(folder, settings)), "", cfg, prefix=f"shapes_{split}")
-
-
-def _main_process_first(action) -> None:
-    """Run `action` in the main process while the others wait; its UserError is raised by all.
-
-    Every process then finds the files, or, on a machine without shared disk, writes its own.
-    """
-    error = None
-    if comm.is_main_process():
-        try:
-            action()
-        except UserError as caught:
-            error = str(caught)
-    error = comm.all_gather(error)[0]
-    if error:
-        raise UserError(error)
 
 
 def _image_root(json_file: str, images: str) -> str:
