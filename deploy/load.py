@@ -110,7 +110,8 @@ def _inference_config(
     if score_threshold is not None:
         if not 0 <= score_threshold < 1:
             raise UserError(f"--score-threshold {score_threshold} is not in [0, 1)")
-        for node in (cfg.MODEL.RETINANET, cfg.MODEL.FCOS, cfg.MODEL.ROI_HEADS):
+        model = cfg.MODEL
+        for node in (model.RETINANET, model.FCOS, model.REPPOINTS, model.ROI_HEADS):
             node.SCORE_THRESH_TEST = score_threshold
     if proposals is not None:
         if architecture != "GeneralizedRCNN":

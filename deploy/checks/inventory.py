@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 _PREFIX = "student."  # of the student's tensors, from `ExportableDetector.student`
 FOLDED_BIAS = "_bias"  # what the exporter appends to a convolution's weight when it folds
-_LARGEST_CONSTANT = 64  # floating-point values that differ; numbers of classes are integers
+# Of a constant with fractions that differ. Numbers of classes and positions are whole.
+_LARGEST_CONSTANT = 64
 
 
 @dataclass
@@ -70,7 +71,7 @@ def take_inventory(student: nn.Module, model: onnx.ModelProto) -> Inventory:
             continue
         found.constants += values
         array = numpy_helper.to_array(tensor)
-        if array.dtype.kind == "f" and values > _LARGEST_CONSTANT and np.ptp(array):
+        if values > _LARGEST_CONSTANT and np.ptp(array) and (array != np.round(array)).any():
             found.foreign_names.append(name)
     return found
 

@@ -9,12 +9,14 @@ from deploy.graphs.cascade import ExportableCascadeRCNN
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.fcos import ExportableFCOS
 from deploy.graphs.rcnn import ExportableRCNN
+from deploy.graphs.reppoints import ExportableRepPoints
 from deploy.graphs.retinanet import ExportableRetinaNet
 
 # by meta-architecture, and by ROI heads where that has several kinds
 EXPORTABLE = {
     "FCOS": ExportableFCOS,
     "GeneralizedRCNN": ExportableRCNN,
+    "RepPoints": ExportableRepPoints,
     "RetinaNet": ExportableRetinaNet,
 }
 _BY_ROI_HEADS = {"CascadeROIHeads": ExportableCascadeRCNN}

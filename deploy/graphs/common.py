@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.errors import UserError
+from deploy.graphs.norms import name_group_norms
 from deploy.graphs.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
 
@@ -50,7 +51,10 @@ class ExportableDetector(nn.Module):
     def __init__(self, student: nn.Module):
         super().__init__()
         self.check_kind(student)
-        self.student = copy.deepcopy(student).requires_grad_(False)
+        _refuse_deformable(student)
+        self.student = copy.deepcopy(student)
+        name_group_norms(self.student)
+        self.student.requires_grad_(False)
         threshold = operator.attrgetter(self.threshold_path)(student)
         self.register_buffer("score_threshold", torch.tensor(float(threshold)))
         self.eval()
@@ -97,6 +101,15 @@ class ExportableDetector(nn.Module):
         columns = torch.arange(width, device=images.device)[None, :] < image_sizes[:, 1:]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(inside, (images.to(mean.dtype) - mean) / std, 0.0)
+
+
+def _refuse_deformable(student: nn.Module) -> None:
+    for name, part in student.named_modules():
+        if type(part).__module__ == "detectron2.layers.deform_conv":
+            raise UserError(
+                f"MODEL.RESNETS.DEFORM_ON_PER_STAGE: {name} is a {type(part).__name__}, which "
+                "cannot be exported"
+            )
 
 
 def name_features(features: Dict[str, Tensor], levels: Iterable[str]) -> Dict[str, Tensor]:

@@ -33,7 +33,7 @@ class ExportableFCOS(ExportableRetinaNet):
     def _scores(self, ranked: Tensor) -> Tensor:
         return ranked
 
-    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+    def _decode(self, deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Tensor:
         """Detectron2's `Box2BoxTransformLinear.apply_deltas`."""
         center = 0.5 * (anchors[..., :2] + anchors[..., 2:])
         deltas = deltas.relu()

@@ -32,11 +32,12 @@ class ExportableRetinaNet(ExportableDetector):
 
     threshold_path = "test_score_thresh"
     predictions = ("logits", "deltas")  # of the head, in its order
+    delta_dims = 4  # values of "deltas" per anchor
 
     def __init__(self, student):
         super().__init__(student)
         student = self.student
-        for subnet in (student.head.cls_subnet, student.head.bbox_subnet):
+        for subnet in (x for x in student.head.children() if isinstance(x, nn.Sequential)):
             for i, layer in enumerate(subnet):
                 if isinstance(layer, CycleBatchNormList):
                     subnet[i] = LevelBatchNorm(layer)
@@ -52,8 +53,8 @@ class ExportableRetinaNet(ExportableDetector):
         require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
 
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
-        """Per level "features.p3": (B, C, H, W), "logits.p3": (B, A * classes, H, W) and
-        "deltas.p3": (B, A * 4, H, W)."""
+        """Per level "features.p3": (B, C, H, W), "logits.p3": (B, A * classes, H, W),
+        "deltas.p3": (B, A * delta_dims, H, W) and what else is in `predictions`."""
         features = self.student.backbone(self.normalize(images, image_sizes))
         predictions = self.student.head([features[level] for level in self.levels])
         return name_features(features, self.levels) | {
@@ -66,7 +67,7 @@ class ExportableRetinaNet(ExportableDetector):
         """The four outputs of `ExportableDetector` from what `network` returns."""
         parts = [self._candidates(i, raw) for i in range(len(self.levels))]
         deltas, anchors, best, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
-        boxes, scores = self._decode(deltas, anchors), self._scores(best)
+        boxes, scores = self._decode(deltas, anchors, image_sizes), self._scores(best)
         scores = torch.where(scores > self.score_threshold, scores, INVALID)
         index = select_nms(
             boxes, scores, labels, self.nms_threshold, self.num_classes, self.max_detections
@@ -74,8 +75,8 @@ class ExportableRetinaNet(ExportableDetector):
         return finish(index, boxes, scores, labels, image_sizes)
 
     def _candidates(self, i: int, raw: Dict[str, Tensor]):
-        """Deltas, anchors (B, k, 4), what `_ranked` gave and classes (B, k) of the best pairs of a
-        level, k = min(topk, all pairs)."""
+        """Deltas (B, k, delta_dims), anchors (B, k, 4), what `_ranked` gave and classes (B, k) of
+        the best pairs of a level, k = min(topk, all pairs)."""
         deltas, width = raw[f"deltas.{self.levels[i]}"], raw[f"logits.{self.levels[i]}"].shape[-1]
         ranked = self._ranked(i, raw)
         best, pair = ranked.topk(torch.sym_min(self.topk, ranked.shape[1]), dim=1)
@@ -84,7 +85,8 @@ class ExportableRetinaNet(ExportableDetector):
         anchors = anchors_at(
             anchor, width, list(generator.cell_anchors)[i], generator.strides[i], generator.offset
         )
-        return take(dense(deltas, 4), anchor), anchors, best, pair - anchor * self.num_classes
+        deltas = take(dense(deltas, self.delta_dims), anchor)
+        return deltas, anchors, best, pair - anchor * self.num_classes
 
     def cut_scores(self, raw: Dict[str, Tensor]) -> List[List[float]]:
         """See `ExportableDetector`: where a level has more pairs than its `topk`."""
@@ -105,7 +107,8 @@ class ExportableRetinaNet(ExportableDetector):
         """Scores in 0..1 of what `_ranked` gave."""
         return ranked.sigmoid()
 
-    def _decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+    def _decode(self, deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Tensor:
+        """(B, k, 4) boxes that enter NMS."""
         return decode(deltas, anchors, self.student.box2box_transform)
 
 

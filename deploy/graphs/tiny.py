@@ -83,6 +83,16 @@ def _fcos() -> CfgNode:
     return cfg
 
 
+def _reppoints() -> CfgNode:
+    cfg = _base()
+    cfg.MODEL.META_ARCHITECTURE = "RepPoints"
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    node = cfg.MODEL.REPPOINTS
+    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p3", "p4", "p5"], len(CLASSES), 1
+    node.TOPK_CANDIDATES_TEST = 200
+    return cfg
+
+
 def _faster_rcnn() -> CfgNode:
     cfg = _base()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
@@ -128,6 +138,7 @@ TINY: Dict[str, Callable[[], CfgNode]] = {
     "Cascade R-CNN": _cascade_rcnn,
     "Cascade Mask R-CNN": _cascade_mask_rcnn,
     "FCOS": _fcos,
+    "RepPoints": _reppoints,
 }
 
 
@@ -184,6 +195,8 @@ def conditioned(cfg: CfgNode) -> nn.Module:
         norm.momentum = None  # cumulative average
     for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
         norm.running_var.uniform_(0.5, 2), norm.weight.uniform_(0.5, 1.5), norm.bias.uniform_(-1, 1)
+    for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -0.5, 0.5)
     batch = [{"image": image} for image in images]
     with torch.no_grad():
         model.train()
@@ -204,6 +217,10 @@ def _output_layers(model, features, batch) -> List[Tuple[_Targets, Callable]]:
     """The output layers, first to last, and what to run to see their predictions."""
     if hasattr(model, "head"):
         head, levels = model.head, [features[f] for f in model.head_in_features]
+        if hasattr(head, "refine_points"):  # in cells; the first ones move what the others read
+            targets = [(head.init_points, 0.0, 1.0), (head.refine_points, 0.0, 0.5)]
+            model.box2box_transform.moment.copy_(torch.tensor([0.3, 0.1]))
+            return [([*targets, (head.cls_score, -2.0, 1.0)], lambda: head(levels))]
         targets = [(head.cls_score, -2.0, 1.0), (head.bbox_pred, 0.0, 0.3)]
         if hasattr(head, "ctrness"):  # its deltas are distances to the sides, in cells
             targets = [(head.cls_score, 0.0, 1.5), (head.bbox_pred, 2.0, 1.0)]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from detectron2.layers import DeformConv
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -108,6 +109,13 @@ def test_require_refuses_subclasses():
     require(nn.Conv2d(1, 1, 1), nn.Conv2d, "x")
     with pytest.raises(UserError, match="MODEL.X: Special cannot be exported, only Conv2d can"):
         require(Special(1, 1, 1), nn.Conv2d, "MODEL.X")
+
+
+def test_backbones_with_deformable_convolution_are_refused():
+    model = build_model(toy_cfg("RetinaNet"))
+    model.backbone.bottom_up.stages[1] = DeformConv(16, 16, 3)
+    with pytest.raises(UserError, match=r"DEFORM_ON_PER_STAGE: .*stages.1 is a DeformConv"):
+        exportable(model)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -33,6 +33,16 @@ def test_the_file_holds_the_student_and_nothing_else(arch, exported):
     assert found.foreign_names == []
 
 
+@pytest.mark.parametrize("name", ["FCOS", "RepPoints"])
+def test_group_norms_and_box_factors_keep_their_names(name, tiny):
+    """The exporter computes constants from weights where it can, and gives them numbers."""
+    made = tiny(name)
+    found = take_inventory(exportable(made.model).student, onnx.load(made.path))
+    norms = [m for m in made.model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms and all(norm.weight.std() > 0.1 for norm in norms)
+    assert found.unused_names == [] and found.foreign_names == []
+
+
 def test_frozen_norms_are_folded_and_norms_per_level_kept(dynamic_retinanet):
     model = onnx.load(dynamic_retinanet.path)
     found = take_inventory(exportable(dynamic_retinanet.model).student, model)
@@ -55,11 +65,12 @@ def test_every_kind_of_tensor_is_told_apart():
             initializer("student.2.weight", student[2].weight.detach()),
             initializer("student.0.weight_bias", np.arange(2)),
             initializer("fill", np.full(100, -1e30)),
-            initializer("adapter", np.arange(100)),
+            initializer("adapter", np.arange(100) / 7),
+            initializer("positions", np.arange(-1, 99)),
         ]
     )
     found = take_inventory(student, model)
     assert (found.kept, found.folded, found.redundant, found.unused) == (26, 9, 8, 7)
-    assert (found.biases, found.constants) == (2, 200)
+    assert (found.biases, found.constants) == (2, 300)
     assert found.unused_names == ["idle"] and found.foreign_names == ["adapter"]
     assert "26 kept + 9 batch norm" in found.text() and found.to_dict()["kept"] == 26

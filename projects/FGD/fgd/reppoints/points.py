@@ -25,14 +25,14 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return x.detach() + factor * (x - x.detach()) if x.requires_grad else x
 
 
-def moment_boxes(points: Tensor, moment: Tensor) -> Tensor:
+def moment_boxes(points: Tensor, factors: Tensor) -> Tensor:
     """Boxes around the mean of nine points, as large as their deviation says.
 
     Args:
         points: (..., 18), float32 or float64.
-        moment: (2,) logarithms of half the width and half the height in standard deviations.
+        factors: (2,) half the width and half the height in standard deviations.
     Returns:
-        (..., 4) xyxy in the units of the points; mean -+ exp(moment) * standard deviation, the
+        (..., 4) xyxy in the units of the points; mean -+ factors * standard deviation, the
         unbiased one. Nine equal points give an empty box, and a gradient of 0 to its size.
     """
     pairs = points.unflatten(-1, (POINTS, 2))
@@ -40,7 +40,7 @@ def moment_boxes(points: Tensor, moment: Tensor) -> Tensor:
     # a norm, whose gradient at 0 is 0; that of a square root would be NaN
     deviation = torch.linalg.vector_norm(pairs - mean, dim=-2) / math.sqrt(POINTS - 1)
     center = mean.squeeze(-2).flip(-1)
-    half = deviation.flip(-1) * moment.to(points.dtype).exp()
+    half = deviation.flip(-1) * factors.to(points.dtype)
     return torch.cat((center - half, center + half), dim=-1)
 
 
@@ -52,12 +52,15 @@ class MomentTransform(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.moment = nn.Parameter(torch.zeros(2))
+        self.moment = nn.Parameter(torch.zeros(2))  # logarithms of the factors
 
     def forward(self, points: Tensor) -> Tensor:
         """(..., 18) -> (..., 4) xyxy in cells around the location."""
-        moment = scale_gradient(self.moment, _MOMENT_GRADIENT)
-        return moment_boxes(at_least_float32(points), moment)
+        return moment_boxes(at_least_float32(points), self.factors())
+
+    def factors(self) -> Tensor:
+        """(2,) half the width and half the height of a box in standard deviations."""
+        return scale_gradient(self.moment, _MOMENT_GRADIENT).exp()
 
     def apply_deltas(self, points: Tensor, anchors: Tensor) -> Tensor:
         """Boxes in pixels.
