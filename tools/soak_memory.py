@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
@@ -59,12 +60,17 @@ def resident_kib() -> int:
 
 def count(trainer: FGDTrainer) -> tuple[int, int, int]:
     """Tensors that exist, hooks on the model and the optimizer, modules that exist."""
-    objects = gc.get_objects()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is deprecated warns when it is looked at
+        return _count(gc.get_objects(), trainer.optimizer)
+
+
+def _count(objects: list, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
     modules = [x for x in objects if isinstance(x, nn.Module)]
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = sum(len(getattr(m, kind, ())) for m in modules for kind in kinds)
     steps = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    hooks += sum(len(getattr(trainer.optimizer, kind)) for kind in steps)
+    hooks += sum(len(getattr(optimizer, kind)) for kind in steps)
     return sum(isinstance(x, torch.Tensor) for x in objects), hooks, len(modules)
 
 

@@ -1,16 +1,18 @@
-"""Whole jobs as a user starts them: alone, under torchrun, on two machines; and signalled."""
+"""Whole jobs as a user starts them: alone, under torchrun, by Slurm; and signalled."""
 
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
+
+from fgd.cli import build_parser
 
 from .test_stop import is_running, wait_until
 from .test_trainer import assert_equal, load
@@ -49,11 +51,14 @@ class Job:
         for thread in self.threads:
             thread.start()
 
-    def stop_in_training(self):
+    def wait_for_training(self):
         started = wait_until(
             lambda: any("Starting training" in x for x in self.lines) or self.process.poll(), 300
         )
         assert started is True, self.errors
+
+    def stop_in_training(self):
+        self.wait_for_training()
         self.process.send_signal(signal.SIGTERM)
 
     def end(self):
@@ -132,24 +137,74 @@ def test_torchrun_passes_the_signal_on_and_all_ranks_save_together(tmp_path):
     assert wait_until(lambda: not processes_of(config))
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+SLURM = Path(__file__).parents[2] / "tools" / "slurm.sh"
+# Two nodes, which are this one twice; srun's code is the highest of its tasks'.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
+echo "${pids[@]}" > "$FOLDER/tasks"
+status=0
+for pid in "${pids[@]}"; do wait "$pid"; code=$?; ((code > status)) && status=$code; done
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$@" >> "$FOLDER/calls"; fi
+"""
 
 
-def test_two_machines_stop_together(tmp_path):
-    """A scheduler signals the launcher of every machine; each passes it on to its processes."""
+def cluster(folder, **scripts):
+    """Environment of a batch job whose commands are ``scripts``."""
+    for name, text in scripts.items():
+        path = folder / "bin" / name.replace("_py", ".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2"}
+    return {**slurm, "SLURM_GPUS_ON_NODE": "1", "FOLDER": str(folder), "PATH": path}
+
+
+def test_slurm_job_on_two_nodes_stops_together_and_is_requeued(tmp_path):
+    """Slurm signals the task of every node, whose launcher passes it on to its processes."""
     config = config_file(tmp_path, LONG)
-    common = [TRAIN_NET, "--config-file", config, "--num-machines", 2]
-    common += ["--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    jobs = [Job(sys.executable, *common, "--machine-rank", rank) for rank in range(2)]
-    jobs[0].stop_in_training()
-    jobs[1].process.send_signal(signal.SIGTERM)
-    ends = [job.end() for job in jobs]
-    assert [code for code, _ in ends] == [75, 75], ends
-    for rank, (_, errors) in enumerate(ends):
-        done, _, _, command = re.search(STOPPED, errors, re.MULTILINE).groups()
-        assert "--resume" in command and f"--machine-rank {rank}" in command
-    assert_saved_by_two(tmp_path / "out", done)
+    environment = cluster(tmp_path, srun=SRUN, scontrol=SCONTROL)
+    job = Job("bash", SLURM, "--config-file", config, **environment)
+    job.wait_for_training()
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    code, errors = job.end()
+    assert code == 75, errors
+    found = re.findall(STOPPED, errors, re.MULTILINE)
+    assert len(found) == 2 and found[0][:3] == found[1][:3]
+    assert {rank for x in found for rank in re.findall(r"--machine-rank (\d)", x[3])} == {"0", "1"}
+    assert_saved_by_two(tmp_path / "out", found[0][0])
+    assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
     assert wait_until(lambda: not processes_of(config))
+
+
+RECORDER = """#!/bin/bash
+printf '%s\\n' "$@" > "$FOLDER/arguments$SLURM_NODEID"
+exit $CODE
+"""
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (3, False), (1, False)])
+def test_slurm_job_is_requeued_only_when_all_is_saved(code, requeued, tmp_path):
+    scripts = {"srun": SRUN, "scontrol": SCONTROL, "train_net_py": RECORDER}
+    environment = cluster(tmp_path, **scripts) | {"CODE": str(code)}
+    done = Job("bash", SLURM, "--config-file", "a b.yaml", "OUTPUT_DIR", "o", **environment).end()
+    assert done[0] == code, done
+    assert (tmp_path / "calls").exists() == requeued
+    for node in range(2):
+        words = (tmp_path / f"arguments{node}").read_text().splitlines()
+        args = build_parser().parse_args(words)
+        assert args.resume and args.config_file == "a b.yaml" and args.opts == ["OUTPUT_DIR", "o"]
+        assert (args.num_gpus, args.num_machines, args.machine_rank) == (1, 2, node)
+        assert args.dist_url == f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}"
+
+
+def test_slurm_script_is_valid_bash():
+    subprocess.run(["bash", "-n", SLURM], check=True)
+    text = SLURM.read_text()
+    for option in ("--requeue", "--signal=TERM@300", "--open-mode=append"):
+        assert f"\n#SBATCH {option}\n" in text

@@ -1,23 +1,29 @@
 import multiprocessing
+import os
 import re
+import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from fgd import stop
 from fgd.errors import UserError
 from fgd.launch import (
     WorkerError,
     _cause,
     _free_port,
     _Report,
+    _watch,
     check_processes,
     launch,
     one_line,
 )
 
 from . import ranks
+from .test_stop import is_running, wait_until
 from .training import distilled, training_cfg
 
 
@@ -93,6 +99,36 @@ def test_a_killed_or_hung_process_ends_the_job(capfd):
         launch(ranks.hang_on_rank_1, device="cpu", processes=2, dist_url=url, timeout=2)
     assert error.value.exit_code == 1 and not multiprocessing.active_children()
     assert "in never_ready" in capfd.readouterr().err
+
+
+def ignore_sigterm(seconds):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(seconds)
+
+
+def watch_two(pipe):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=ignore_sigterm, args=(60,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    with stop.listening():
+        pipe.put([process.pid for process in processes])
+        _watch(processes, fork.SimpleQueue())
+
+
+def test_a_second_ctrl_c_ends_all_processes_at_once():
+    fork = multiprocessing.get_context("fork")
+    pipe = fork.SimpleQueue()
+    launcher = fork.Process(target=watch_two, args=(pipe,))
+    launcher.start()
+    pids = pipe.get()
+    os.kill(launcher.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert launcher.is_alive() and all(map(is_running, pids)), "the first one lets them finish"
+    os.kill(launcher.pid, signal.SIGINT)
+    launcher.join(timeout=20)
+    assert launcher.exitcode == 130
+    assert wait_until(lambda: not any(map(is_running, pids)))
 
 
 def report(rank, code, message="Connection closed by peer"):
