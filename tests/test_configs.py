@@ -164,3 +164,13 @@ def test_masks_and_the_cascade_are_where_they_should_be():
     }
     teacher = built("mask_rcnn", teacher=True).roi_heads
     assert (type(teacher).__name__, teacher.mask_on) == ("CascadeROIHeads", True)
+
+
+@pytest.mark.parametrize("name", ["bccd/{}_retinanet", "nuclei/{}_mask_rcnn"])
+def test_teacher_and_student_of_a_study_differ_in_backbone_and_length(name):
+    teacher, student = (student_config(read(name.format(role))) for role in ("teacher", "fgd"))
+    assert teacher.MODEL.TIMM.NAME != student.MODEL.TIMM.NAME
+    assert teacher.SOLVER.MAX_ITER > student.SOLVER.MAX_ITER
+    teacher.MODEL.TIMM.NAME, teacher.OUTPUT_DIR = student.MODEL.TIMM.NAME, student.OUTPUT_DIR
+    teacher.SOLVER.MAX_ITER = student.SOLVER.MAX_ITER
+    assert teacher == student
