@@ -85,6 +85,15 @@ def test_without_teacher_only_the_student_runs(tmp_path):
     assert not (tmp_path / "distil_0").exists()
 
 
+def test_runs_wait_for_those_that_they_need(tmp_path):
+    """With room for all at once, and a teacher that takes its time."""
+    late, taught = "import time; time.sleep(0.5)\n" + WRITE, "open('../teacher/results.json')\n"
+    chdir = "import os, sys; os.chdir(sys.argv[1])\n"
+    scripts = {"teacher": late, "distil, seed 0": chdir + taught + WRITE}
+    runner = make(tmp_path, ["student", "distil"], scripts=scripts, jobs=3)
+    assert runner.run_all() == []
+
+
 def test_the_long_student_needs_times(tmp_path):
     """The scripts leave no metrics.json, so nothing says how long a step takes."""
     arms = ["student", "inherit+distil", "student-long"]
