@@ -8,11 +8,12 @@ import pytest
 from tools import quick
 
 
-def lines(detection, distillation=None):
-    """metrics.json of a run whose two detection losses are equal; it has other lines, too."""
+def lines(classification, distillation=None):
+    """metrics.json of a run with two losses that classify, and a box loss that rises."""
     yield {"iteration": 0, "data_time": 1.0}
-    for position, value in enumerate(detection):
-        line = {"total_loss": 99.0, "loss_cls": value / 2, "loss_box_reg": value / 2, "lr": 0.1}
+    for position, value in enumerate(classification):
+        line = {"total_loss": 99.0, "loss_cls_stage0": value / 2, "loss_rpn_cls": value / 2}
+        line |= {"loss_box_reg": 10 + position, "lr": 0.1}
         if distillation:
             line["loss_fgd_foreground"] = distillation[position]
             line["fgd/p3"] = 7.0
@@ -21,24 +22,29 @@ def lines(detection, distillation=None):
 
 
 def test_losses_are_summed_first_and_last():
-    assert quick.loss_changes(list(lines([4, 9, 2]))) == {"detection": [4, 2]}
+    assert quick.loss_changes(list(lines([4, 9, 2]))) == {"classification": [4, 2]}
     changes = quick.loss_changes(list(lines([4, 9, 2], [1, 5, 0.5])))
-    assert changes == {"detection": [4, 2], "distillation": [1, 0.5]}
+    assert changes == {"classification": [4, 2], "distillation": [1, 0.5]}
 
 
-FALLING = {"detection": [2.0, 1.0], "distillation": [2.0, 1.0]}
+FALLING = {"classification": [2.0, 1.0], "distillation": [2.0, 1.0]}
 
 
 @pytest.mark.parametrize(
     "role, losses, ap50, said",
     [
         ("fgd", FALLING, {"bbox": 20.0, "segm": 20.0}, None),
-        ("teacher", {"detection": [2.0, 1.0]}, {"bbox": 5.0}, None),
-        ("fgd", {"detection": [2.0, 1.0]}, {"bbox": 20.0}, "its losses are detection"),
-        ("teacher", FALLING, {"bbox": 20.0}, "its losses are detection, distillation"),
-        ("fgd", {**FALLING, "detection": [2.0, 2.0]}, {"bbox": 20.0}, "detection loss went from 2"),
+        ("teacher", {"classification": [2.0, 1.0]}, {"bbox": 5.0}, None),
+        ("fgd", {"classification": [2.0, 1.0]}, {"bbox": 20.0}, "its losses are classification"),
+        ("teacher", FALLING, {"bbox": 20.0}, "its losses are classification, distillation"),
+        (
+            "fgd",
+            {**FALLING, "classification": [2.0, 2.0]},
+            {"bbox": 20.0},
+            "classification loss went from 2",
+        ),
         ("fgd", {**FALLING, "distillation": [2.0, 1.95]}, {"bbox": 20.0}, "distillation loss went"),
-        ("fgd", {**FALLING, "detection": [2.0, float("nan")]}, {"bbox": 20.0}, "to nan"),
+        ("fgd", {**FALLING, "classification": [2.0, float("nan")]}, {"bbox": 20.0}, "to nan"),
         ("fgd", FALLING, {"bbox": 4.9}, "bbox AP50 is 4.9, below 5.0"),
         ("fgd", FALLING, {"bbox": 20.0, "segm": 1.0}, "segm AP50 is 1.0"),
         ("fgd", FALLING, {"bbox": float("nan")}, "bbox AP50 is nan"),

@@ -82,7 +82,10 @@ def metric(results: dict, name: str) -> Dict[str, float]:
 
 
 def loss_changes(metrics: Sequence[dict]) -> Dict[str, List[float]]:
-    """First and last of the logged losses: the detector's own sum and, if any, distillation's.
+    """First and last of the logged losses: all that classify and, if any, distillation's.
+
+    Box and mask losses are left out. Those of a second stage are over proposals that match an
+    object, so they rise while the first stage learns to propose, a cascade's most of all.
 
     Args:
         metrics: lines of metrics.json; each loss in them is a median over 20 iterations.
@@ -92,7 +95,8 @@ def loss_changes(metrics: Sequence[dict]) -> Dict[str, List[float]]:
     for line in (logged[0], logged[-1]):
         losses = {name: value for name, value in line.items() if name.startswith("loss_")}
         distilled = [value for name, value in losses.items() if name.startswith("loss_fgd_")]
-        changes.setdefault("detection", []).append(sum(losses.values()) - sum(distilled))
+        classifying = [value for name, value in losses.items() if "cls" in name]
+        changes.setdefault("classification", []).append(sum(classifying))
         if distilled:
             changes.setdefault("distillation", []).append(sum(distilled))
     return changes
