@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
@@ -136,7 +136,8 @@ def delete_old_checkpoints(folder: str, newest: str, keep: int) -> None:
         logger.warning(f"No old checkpoint is deleted, because {newest} reads back wrong: {error}")
         return
     for name in periodic[:-keep]:
-        os.remove(os.path.join(folder, name))
+        with suppress(FileNotFoundError):  # someone was faster
+            os.remove(os.path.join(folder, name))
         logger.info(f"Deleted {name} (SOLVER.KEEP_CHECKPOINTS {keep})")
 
 
