@@ -86,5 +86,6 @@ def sections(study: Dict[str, Any], pictures: Dict[str, Path]) -> List[Section]:
 
 _SUMMARY = (
     "COCO AP in percent on the test images, mean ± standard deviation over the seeds. Gap closed: "
-    "how far an arm's mean gets from the student's to the teacher's.",
+    "how far an arm's mean gets from the student's to the teacher's. Minutes: by the clock, "
+    "whatever else the machine was doing.",
 )
