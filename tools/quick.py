@@ -18,7 +18,7 @@ from typing import Dict, List, Sequence
 
 from tabulate import tabulate
 
-from fgd.checkpoint import atomic_write
+from fgd.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "quick"

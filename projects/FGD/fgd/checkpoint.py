@@ -7,7 +7,8 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
     classes       class names
     teacher       {"weights": as the config names the file, "sha256"}; None without a teacher
     iteration     index of the last finished iteration
-    trainer       optimizer, schedule, AMP scaler, data seed, and "loss_normalizers" of each rank
+    trainer       optimizer, schedule, AMP scaler, data seed, the last values of what is logged, and
+                  "loss_normalizers" of each rank
     rng           states of the random number generators, one entry per rank
     checksum      "sha256": that of all bytes before it ends the file, as the zip archive's comment
 """
@@ -29,12 +30,10 @@ from . import compat, rng, run_folder
 from .config import META_ARCHITECTURE, student_config
 from .config_change import check_changes
 from .errors import UserError
-from .files import atomic_write, remove_stale_temporaries, save_sealed
+from .files import atomic_write, save_sealed
 from .run_folder import FORMAT
 from .together import on_main_process
 from .weights import read_weights, weights_sha256
-
-__all__ = ["atomic_write", "remove_stale_temporaries", "TrainingCheckpointer", "describe_run"]
 
 logger = logging.getLogger(__name__)
 

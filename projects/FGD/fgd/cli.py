@@ -19,12 +19,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from . import stop
-from .checkpoint import atomic_write
 from .config import check_config, load_config, student_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
 from .doctor import command as doctor
 from .errors import StoppedError, UserError
+from .files import atomic_write
 from .launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
 from .lock import folder_lock
 from .run_folder import check_unused, config_kept, newest_checkpoint

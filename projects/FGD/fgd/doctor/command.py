@@ -8,9 +8,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ..checkpoint import atomic_write
 from ..config import META_ARCHITECTURE
 from ..errors import UserError
+from ..files import atomic_write
 from ..trainer import FGDTrainer
 from .balance import balanced_factor
 from .examination import Form, examine

@@ -6,7 +6,7 @@ from typing import List, Sequence
 
 from tabulate import tabulate
 
-from ..checkpoint import atomic_write
+from ..files import atomic_write
 
 OK, WARNING, FAULT = "ok", "warning", "FAULT"
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-from ..checkpoint import atomic_write
+from ..files import atomic_write
 from .arms import Run
 
 RESULTS, MINUTES, CONSOLE = "results.json", "minutes.json", "console.txt"

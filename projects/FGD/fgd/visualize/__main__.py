@@ -23,10 +23,10 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ..checkpoint import atomic_write
 from ..data.coco_json import bad_box
 from ..distiller import Distiller
 from ..errors import UserError
+from ..files import atomic_write
 from .figures import attention_figure
 from .maps import LevelMaps, level_maps
 from .run import open_run
