@@ -11,12 +11,14 @@ from deploy.serving import triton_repository
 from fgd import cli
 from fgd.bench import __main__ as bench
 from fgd.study import __main__ as study
+from fgd.visualize import __main__ as visualize
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 PARSERS = {
     "train_net.py": cli.build_parser,
     "python -m fgd.study": study.build_parser,
+    "python -m fgd.visualize": visualize.build_parser,
     "python -m fgd.bench": bench.build_parser,
     "python deploy/export.py": export.build_parser,
     "python deploy/verify.py": verify.build_parser,
