@@ -80,8 +80,9 @@ def distilled_cfg(folder: Path, teacher: Path, opts: tuple = ()) -> CfgNode:
 
 
 def write_config(cfg: CfgNode, path: Path) -> Path:
-    """As a user's yaml: DATASETS.JSON names the data."""
+    """As a user's yaml: DATASETS.JSON names the data. Nothing is evaluated."""
     cfg = cfg.clone()
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.DATASETS.JSON.TEST = ""
     path.write_text(cfg.dump())
     return path

@@ -1,6 +1,9 @@
 """--doctor, the brief check before step one, and --balance, through the command's main."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,7 +141,7 @@ def test_a_planted_fault_is_named_and_the_exit_code_is_2(
     assert line.startswith(f"error: doctor: {name}: ") and text in line
 
 
-@pytest.mark.parametrize("plant", [random_teacher, swapped_channels, detached_student_feature])
+@pytest.mark.parametrize("plant", [random_teacher, swapped_channels])
 def test_the_brief_form_stops_a_run_before_step_one(plant, teacher, tmp_path, capfd, monkeypatch):
     cfg = distilled_cfg(tmp_path, teacher[1])
     plant(cfg, teacher, monkeypatch)
@@ -212,6 +215,21 @@ def test_balance_is_applied_once_and_recorded(teacher, tmp_path, capfd):
     assert code == 0, error
     by_hand = torch.load(tmp_path / "by_hand" / "model_final.pth", weights_only=True)
     assert all(torch.equal(v, final["model"][k]) for k, v in by_hand["model"].items())
+
+
+def test_two_processes_end_together(teacher, tmp_path):
+    """The teacher's score is the main process's work, the losses' measurement that of both."""
+    cfg = distilled_cfg(tmp_path, teacher[1], ("MODEL.DISTILLER.FACTOR", 0.0))
+    script = os.path.join(os.path.dirname(sys.executable), "train_net.py")
+    config_file = write_config(cfg, tmp_path / "config.yaml")
+    command = [sys.executable, script, "--config-file", str(config_file), "--num-gpus", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: doctor: losses: ") and "every distillation term is 0" in line
+    report = json.loads(Path(cfg.OUTPUT_DIR, "doctor.json").read_text())
+    assert [k for k, v in verdicts(report).items() if v == "FAULT"] == ["losses"]
+    assert report["teacher_ap50"] > 50
 
 
 MISTAKES = {

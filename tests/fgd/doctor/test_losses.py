@@ -117,6 +117,8 @@ def test_grids_that_differ_are_said(patient, monkeypatch):
         return {k: v[:, :, 1:] if k == "p3" else v for k, v in features.items()}, size
 
     monkeypatch.setattr(taps.FeatureTap, "pop", cropped)
-    with pytest.raises(UserError, match="level 'p3'.* 7x8 cells, the teacher's 8x8"):
+    with pytest.raises(
+        UserError, match="'p3' has a grid of 7x8 cells, the teacher's 'p3' one of 8x8"
+    ):
         measure(model, batches[:1])
     assert not model.distillation.level_totals and model.training
