@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence
 
@@ -178,8 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.perf_counter()
         try:
             row = {"part": name, **part()}
-        except AssertionError as error:
-            row = {"part": name, "VIOLATION": str(error) or "see the traceback of --pdb"}
+        except Exception as error:  # the other parts are still worth running
+            traceback.print_exc()
+            row = {"part": name, "VIOLATION": f"{type(error).__name__} {error}"}
         rows.append({**row, "minutes": round((time.perf_counter() - started) / 60, 1)})
         print(rows[-1], flush=True)
     text = json.dumps({"seed": seed, "parts": rows}, indent=1)
