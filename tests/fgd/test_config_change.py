@@ -33,6 +33,8 @@ HARMLESS = {
     "test size": ("INPUT.MIN_SIZE_TEST", 640),
     "proposals": ("MODEL.RPN.POST_NMS_TOPK_TEST", 10),
     "workers": ("DATALOADER.NUM_WORKERS", 0),
+    "bad images": ("DATALOADER.BAD_IMAGES", "skip"),
+    "pictures": ("MODEL.DISTILLER.PICTURE_PERIOD", 7),
     "start": ("MODEL.WEIGHTS", "other.pth"),
     "longer": ("SOLVER.MAX_ITER", 90000),
 }

@@ -23,6 +23,10 @@ HARMLESS = (
     "DATASETS.SHAPES.ROOT",
     "DATASETS.SHAPES.TEST_IMAGES",
     "DATALOADER.NUM_WORKERS",
+    # A run that had no bad image, or stops at one, is the same under any of these.
+    "DATALOADER.BAD_IMAGES",
+    "DATALOADER.MAX_BAD_IMAGES",
+    "MODEL.DISTILLER.PICTURE_PERIOD",
     # A run that met a bad image goes on without it; whoever met none notices nothing.
     "DATALOADER.BAD_IMAGES",
     "DATALOADER.MAX_BAD_IMAGES",
