@@ -42,8 +42,6 @@ def read_image(path: str, image_format: str) -> np.ndarray:
                 raise BadImage(
                     f"image {path}: mode {image.mode!r} is not 8 bits per channel; convert it first"
                 )
-            # Pillow turns a TIFF upright while loading it, and Detectron2 then once more.
-            image.load()
             return detection_utils.convert_PIL_to_numpy(_upright(image), image_format)
     except BadImage:
         raise
@@ -53,6 +51,7 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
+        # Loads first: loading turns a TIFF, and Detectron2, which looks before, turns it twice.
         return ImageOps.exif_transpose(image)
     except Exception:  # a damaged EXIF block; Detectron2 ignores it as well (its issue 1885)
         return image
