@@ -26,6 +26,7 @@ from fgd.files import atomic_write, remove_stale_temporaries
 from fgd.run_folder import newest_checkpoint, read_checkpoint
 from tests.fgd import killing
 from tests.fgd.test_checkpoint import full_disk, make_checkpointer
+from tools.soak_memory import soak as soak_memory
 
 
 def kill_trainings(folder: Path, workers: int, kills: int, seed: int) -> Dict[str, int]:
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder / "w", args.kills, seed, atomic=False
         ),
         "disk full": lambda: fill_disk(folder / "full", 50, seed),
+        "memory of a long training": lambda: soak_memory(folder / "memory"),
     }
     rows = []
     for name, part in parts.items():
