@@ -1,6 +1,10 @@
 import json
+from types import SimpleNamespace
 
-from fgd.history import repair_metrics
+import pytest
+from detectron2.utils.events import EventStorage
+
+from fgd.history import ContinueMetrics, repair_metrics
 
 
 def lines(*iterations):
@@ -36,3 +40,17 @@ def test_a_writer_that_has_it_open_goes_on_at_its_end(tmp_path):
         repair_metrics(str(path), 1)
         writer.write(lines(4))
     assert path.read_text() == lines(1, 4)
+
+
+@pytest.mark.parametrize("written, left", [([], {"AP", "loss"}), ([17], set()), ([11], {"loss"})])
+def test_only_what_is_still_to_be_written_is_left_to_the_writers(written, left):
+    """With a line of iteration 17, the AP of 11 was written or, by then, replaced by a newer."""
+    hook = ContinueMetrics()
+    smoothed = {"loss": [[1.0, 16], [2.0, 17]]}
+    hook.load_state_dict({"smoothed": smoothed, "single": {"AP": [[5.0, 11]]}})
+    hook.written = written
+    with EventStorage(18) as storage:
+        hook.trainer = SimpleNamespace(storage=storage, iter=18, _hooks=[])
+        hook.before_train()
+        assert storage.latest().keys() == left and storage.iter == 18
+        assert storage.history("loss").values() == [(1.0, 16), (2.0, 17)]

@@ -86,12 +86,13 @@ class ContinueMetrics(HookBase):
 
     def before_train(self):
         storage, last = self.trainer.storage, self.trainer.iter - 1
+        written = max(self.written, default=-1)
         for kind, scalars in self.saved.items():
             for name, values in scalars.items():
                 for value, storage.iter in values:
                     storage.put_scalar(name, value, smoothing_hint=kind == "smoothed")
-                if storage.iter in self.written:
-                    storage.latest().pop(name)  # or a writer would write it once more
+                if storage.iter <= written:
+                    storage.latest().pop(name)  # written, or by then there was a newer one
         storage.iter = self.trainer.iter
         if self.saved and last not in self.written:
             self._catch_up(last)
