@@ -196,7 +196,7 @@ def conditioned(cfg: CfgNode) -> nn.Module:
     for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
         norm.running_var.uniform_(0.5, 2), norm.weight.uniform_(0.5, 1.5), norm.bias.uniform_(-1, 1)
     for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -0.5, 0.5)
+        nn.init.uniform_(norm.weight, 0.7, 1.3), nn.init.uniform_(norm.bias, -0.2, 0.2)
     batch = [{"image": image} for image in images]
     with torch.no_grad():
         model.train()

@@ -177,6 +177,7 @@ def test_detections_follow_the_definition(model):
     torch.nn.init.normal_(model.head.init_points.bias, std=1.0)
     torch.nn.init.normal_(model.head.cls_score.weight, std=3.0)
     model.test_score_thresh, model.test_topk_candidates, model.max_detections_per_image = 0.01, 9, 8
+    model.box2box_transform.moment.data.fill_(0.7)  # large boxes, of which much is outside
     image = torch.rand(3, 50, 90) * 255
     with torch.no_grad():
         (found,) = model.eval()([{"image": image}])
@@ -199,7 +200,7 @@ def test_detections_follow_the_definition(model):
     kept = []
     for k in range(3):
         of_class = [row for row in rows if row[1] == k]
-        boxes = torch.tensor([row[2] for row in of_class]).view(-1, 4)
+        boxes = torch.tensor([row[2] for row in of_class], dtype=torch.float32).view(-1, 4)
         scores = torch.tensor([row[0] for row in of_class])
         kept += [of_class[i] for i in nms(boxes, scores, 0.5)]
     expected = sorted(kept, reverse=True)[:8]
@@ -207,7 +208,7 @@ def test_detections_follow_the_definition(model):
     instances = found["instances"]
     assert len(rows) > len(kept) > 8 and len(instances) == len(expected) > 4
     assert instances.pred_classes.tolist() == [row[1] for row in expected]
-    boxes = torch.tensor([row[2] for row in expected])
+    boxes = torch.tensor([row[2] for row in expected], dtype=torch.float32)
     torch.testing.assert_close(instances.pred_boxes.tensor, boxes, atol=1e-3, rtol=0)
 
 
