@@ -134,8 +134,10 @@ def killed(
         process = CONTEXT.Process(target=train, args=(str(config_file),))
         process.start()
         _wait(process, moment, config_file.parent, seconds, chance)
+        workers = children(process.pid)
         process.kill()
         process.join()
+        assert ended(workers), "workers outlive a killed training"
         if process.exitcode == 0:
             return kills
         assert process.exitcode == -9, console(config_file)
@@ -150,6 +152,38 @@ def killed(
     process.join()
     assert process.exitcode == 0, console(config_file)
     return kills
+
+
+def children(parent: int) -> List[str]:
+    """Folders in /proc of the processes that ``parent`` has started and that still run."""
+    found = []
+    for folder in os.listdir("/proc"):
+        try:
+            text = Path("/proc", folder, "stat").read_text() if folder.isdigit() else ""
+        except OSError:  # ended meanwhile
+            continue
+        state, number = (text.rpartition(")")[2].split() + ["", ""])[:2]
+        if number == str(parent) and state != "Z":
+            found.append(folder)
+    return found
+
+
+def ended(processes: List[str], seconds: float = 10) -> bool:
+    """Whether they end within that time; one that nobody has waited for yet has ended too."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        states = []
+        for folder in processes:
+            try:
+                states.append(
+                    Path("/proc", folder, "stat").read_text().rpartition(")")[2].split()[0]
+                )
+            except OSError:
+                continue
+        if set(states) <= {"Z", "X"}:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _wait(process, moment: str, folder: Path, seconds: float, chance: random.Random) -> None:

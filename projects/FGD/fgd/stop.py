@@ -87,6 +87,11 @@ def at_once(act: Callable[[], None]) -> Iterator[None]:
         _last_acts.remove(act)
 
 
+# How DataLoader workers are started, whatever Python's default is. Those of a "forkserver" (the
+# default from 3.14) have it for a parent, and both outlive a trainer that was killed.
+WORKER_START = "fork"
+
+
 def shield_worker(worker_id: int) -> None:
     """``worker_init_fn`` of a DataLoader: only the process that it loads for can end a worker.
 

@@ -27,7 +27,13 @@ from .files import remove_stale_temporaries
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
 from .step import AMPStep, RunningStatistics, SimpleStep
-from .stop import StopBeforeScoring, StopBetweenSteps, StoppableLoader, shield_worker
+from .stop import (
+    WORKER_START,
+    StopBeforeScoring,
+    StopBetweenSteps,
+    StoppableLoader,
+    shield_worker,
+)
 from .together import on_main_process
 from .visualize.hook import picture_hooks
 from .weights import load_complete
@@ -261,6 +267,8 @@ class FGDTrainer(DefaultTrainer):
         mapper = ImageMapper(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         loader.worker_init_fn = shield_worker
+        if loader.num_workers:
+            loader.multiprocessing_context = WORKER_START
         return StoppableLoader(loader)
 
     @classmethod

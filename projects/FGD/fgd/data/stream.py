@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..errors import UserError
-from ..stop import ended_with_its_workers, shield_worker
+from ..stop import WORKER_START, ended_with_its_workers, shield_worker
 from .images import BadImage, ImageMapper
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class TrainStream:
             # Without one of its own, the loader draws from the global generator.
             generator=Generator(),
             worker_init_fn=shield_worker,
+            multiprocessing_context=WORKER_START if self.num_workers else None,
         )
         for batch in ended_with_its_workers(loader):
             for sample in batch:

@@ -18,12 +18,11 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..data.coco_json import bad_box
+from ..data.images import ImageMapper
 from ..distiller import Distiller
 from ..errors import UserError
 from ..files import atomic_write
@@ -125,13 +124,10 @@ def _record(path: str, image: dict, annotations: Sequence[dict]) -> dict:
 def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
     """The network's input at test size; of a record also "instances", as training has them."""
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = DatasetMapper(
+    mapper = ImageMapper(
         is_train=record is not None, augmentations=[resize], image_format=cfg.INPUT.FORMAT
     )
-    try:
-        return mapper(record or {"file_name": path})
-    except (OSError, SizeMismatchError) as error:
-        raise UserError(f"image {path}: {error}") from error
+    return mapper(record or {"file_name": path})
 
 
 @torch.no_grad()
