@@ -25,5 +25,6 @@ lint: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
+# A process per core, each with one thread.
 test: lint
-	$(RUN) python -m pytest
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile
