@@ -70,10 +70,16 @@ def take_inventory(student: nn.Module, model: onnx.ModelProto) -> Inventory:
             found.biases += values
             continue
         found.constants += values
-        array = numpy_helper.to_array(tensor)
-        if values > _LARGEST_CONSTANT and np.ptp(array) and (array != np.round(array)).any():
+        if values > _LARGEST_CONSTANT and _may_be_trained(numpy_helper.to_array(tensor)):
             found.foreign_names.append(name)
     return found
+
+
+def _may_be_trained(array: np.ndarray) -> bool:
+    """Whether these are fractions that differ; what is whole counts, places or chooses."""
+    if array.dtype.kind in "biu":
+        return False
+    return bool(np.ptp(array) and (array != np.round(array)).any())
 
 
 def _content(tensor: Tensor) -> bytes:

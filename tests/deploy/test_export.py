@@ -187,7 +187,7 @@ def test_a_graph_over_the_gate_is_kept_only_as_failed(checkpoint, converted, cap
 
 def test_weights_of_somebody_else_are_found(checkpoint, converted, capsys):
     def add_teacher(model):
-        tensor = numpy_helper.from_array(np.eye(9, dtype=np.float32), "teacher.weight")
+        tensor = numpy_helper.from_array(np.eye(9, dtype=np.float32) / 3, "teacher.weight")
         model.graph.initializer.append(tensor)
 
     converted(add_teacher)

@@ -68,7 +68,7 @@ def test_unknown_architectures_are_refused_with_the_list(student, tmp_path):
     cfg = cfg.clone()
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
     path = save_checkpoint(model, cfg, tmp_path / "a.pth")
-    refused(path, "'PanopticFPN'.*GeneralizedRCNN, RetinaNet")
+    refused(path, "'PanopticFPN'.*FCOS, GeneralizedRCNN, RepPoints, RetinaNet")
 
 
 def test_weights_that_are_missing_foreign_or_left_over_are_named(student, tmp_path):

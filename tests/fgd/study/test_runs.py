@@ -142,8 +142,13 @@ def test_a_stop_lets_the_running_ones_save(tmp_path, number, capfd):
     thread = threading.Thread(target=stop_when_ready)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run_all()
+    # A shell starts its background jobs with SIGINT ignored.
+    of_shell = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_all()
+    finally:
+        signal.signal(signal.SIGINT, of_shell)
     thread.join()
     assert all((folder / "saved").exists() for folder in folders)
     assert "stopped: student, seed 0 (log: " in capfd.readouterr().err
