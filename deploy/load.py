@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -17,6 +17,7 @@ from deploy.graphs import EXPORTABLE, supported
 from fgd.config import load_config, load_config_text, student_config
 from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.weights import load_complete, read_weights
+from fgd.yaml_config import leaves
 
 _KEPT = ("model", "config", "classes", "format")
 
@@ -127,22 +128,13 @@ def _build(cfg: CfgNode, source: str) -> nn.Module:
     try:
         return build_model(cfg).eval()
     except KeyError as error:  # of a registry: "No object named 'X' found in 'Y' registry!"
-        keys = [key for key, value in _leaves(cfg) if f"'{value}'" in str(error)]
+        keys = [key for key, value in leaves(cfg) if f"'{value}'" in str(error)]
         if not keys:
             raise
         raise UserError(
             f"{source}: {' and '.join(keys)}: {error.args[0]} What other packages register cannot "
             "be exported"
         ) from error
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """("MODEL.ROI_HEADS.NAME", value) of every value in a config."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _class_names(path: Path, checkpoint: Dict, cfg: CfgNode) -> List[str]:

@@ -4,7 +4,7 @@ Eager kernels use torchvision, so a module built on them runs, can be tested and
 its own graph. `TRANSLATIONS` goes to `torch.onnx.export(custom_translation_table=...)`.
 """
 
-from typing import List
+from typing import Any, Dict, List
 
 import torch
 import torchvision
@@ -117,6 +117,18 @@ def _select_nms_onnx(boxes, scores, groups, iou, num_groups, k):
     return op.Where(op.Greater(best, op.Constant(value_float=IS_VALID)), order, ints(-1))
 
 
+def roi_align_attributes(scale: float, size: int, ratio: int, aligned: bool) -> Dict[str, Any]:
+    """Of RoiAlign, as torchvision's `roi_align` means them."""
+    return {
+        "coordinate_transformation_mode": "half_pixel" if aligned else "output_half_pixel",
+        "mode": "avg",
+        "output_height": size,
+        "output_width": size,
+        "sampling_ratio": ratio,  # written even when 0: some importers read a missing one as 1
+        "spatial_scale": scale,
+    }
+
+
 def _pyramid_roi_align_onnx(features, rois, level, scales, size, ratio, aligned):
     """Per level: rows of that level -> RoiAlign; then one Gather puts them back in order."""
     flat = op.Reshape(rois, ints(-1, 4))
@@ -133,12 +145,7 @@ def _pyramid_roi_align_onnx(features, rois, level, scales, size, ratio, aligned)
                 feature,
                 op.Gather(flat, rows, axis=0),
                 op.Gather(image, rows, axis=0),
-                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
-                mode="avg",
-                output_height=size,
-                output_width=size,
-                sampling_ratio=ratio,  # written even when 0: some importers read a missing one as 1
-                spatial_scale=scale,
+                **roi_align_attributes(scale, size, ratio, aligned),
             )
         )
     order = op.Concat(*order, axis=0)

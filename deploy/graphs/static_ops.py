@@ -10,7 +10,7 @@ from onnxscript import opset18 as op
 
 from deploy.errors import UserError
 from deploy.graphs.nms_rounds import ROUND, ROUNDS, ROWS
-from deploy.graphs.ops import INVALID, IS_VALID, ints
+from deploy.graphs.ops import INVALID, IS_VALID, ints, roi_align_attributes
 
 
 def _select_nms_static(boxes, scores, groups, iou, num_groups, k):
@@ -89,12 +89,7 @@ def _pyramid_roi_align_static(features, rois, level, scales, size, ratio, aligne
             feature,
             op.Where(op.Unsqueeze(here, ints(1)), flat, cell),
             image,
-            coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
-            mode="avg",
-            output_height=size,
-            output_width=size,
-            sampling_ratio=ratio,  # written even when 0: some importers read a missing one as 1
-            spatial_scale=scale,
+            **roi_align_attributes(scale, size, ratio, aligned),
         )
         own = op.Unsqueeze(here, ints(1, 2, 3))
         result = pooled if result is None else op.Where(own, pooled, result)

@@ -1,5 +1,6 @@
 """Tiny detectors with well-conditioned weights: what an export can be tried on without training."""
 
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
@@ -61,35 +62,15 @@ def _base() -> CfgNode:
     return cfg
 
 
-def _retinanet() -> CfgNode:
+def _dense(architecture: str) -> CfgNode:
     cfg = _base()
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5"]
-    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = len(CLASSES), 1
-    cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 200
-    # large enough to overlap their neighbours, or NMS had nothing to do
+    node = cfg.MODEL[architecture.upper()]
+    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p3", "p4", "p5"], len(CLASSES), 1
+    node.TOPK_CANDIDATES_TEST = 200
+    # of RetinaNet: large enough to overlap their neighbours, or NMS had nothing to do
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
-    return cfg
-
-
-def _fcos() -> CfgNode:
-    cfg = _base()
-    cfg.MODEL.META_ARCHITECTURE = "FCOS"
-    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    node = cfg.MODEL.FCOS
-    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p3", "p4", "p5"], len(CLASSES), 1
-    node.TOPK_CANDIDATES_TEST = 200
-    return cfg
-
-
-def _reppoints() -> CfgNode:
-    cfg = _base()
-    cfg.MODEL.META_ARCHITECTURE = "RepPoints"
-    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    node = cfg.MODEL.REPPOINTS
-    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p3", "p4", "p5"], len(CLASSES), 1
-    node.TOPK_CANDIDATES_TEST = 200
     return cfg
 
 
@@ -132,13 +113,13 @@ def _with_masks(cfg: CfgNode) -> CfgNode:
 
 
 TINY: Dict[str, Callable[[], CfgNode]] = {
-    "RetinaNet": _retinanet,
+    "RetinaNet": partial(_dense, "RetinaNet"),
     "Faster R-CNN": _faster_rcnn,
     "Mask R-CNN": _mask_rcnn,
     "Cascade R-CNN": _cascade_rcnn,
     "Cascade Mask R-CNN": _cascade_mask_rcnn,
-    "FCOS": _fcos,
-    "RepPoints": _reppoints,
+    "FCOS": partial(_dense, "FCOS"),
+    "RepPoints": partial(_dense, "RepPoints"),
 }
 
 

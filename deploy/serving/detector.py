@@ -1,5 +1,6 @@
 """Detector: images in, detections out, wherever the graph runs. numpy and Pillow only."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -44,7 +45,7 @@ class Detections:
             yield paste_mask(mask, box, self.size)
 
 
-class Detector:
+class Detector(ABC):
     """An exported detector with the reading and resizing around it that training used.
 
     A subclass runs the graph: it defines `run` and sets
@@ -63,9 +64,9 @@ class Detector:
     min_score: Optional[float] = None
     max_pixels: int = MAX_PIXELS
 
+    @abstractmethod
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
-        raise NotImplementedError
 
     def detect(self, images: Sequence[ImageSource], batch_size: int = 1) -> List[Detections]:
         """Detections of each image, in order; none for no images.

@@ -4,6 +4,7 @@ A `Contender` says what to load, and can be sent to another process; a `Runner` 
 Needs numpy, onnxruntime and onnx; PyTorch and Detectron2 only where a contender is made of them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -55,7 +56,7 @@ class Contender:
         return load_baseline(self.kind, self.path, self.spec, provider, threads)
 
 
-class Runner:
+class Runner(ABC):
     """A loaded contender.
 
     max_batch: the most images per call, None for any number.
@@ -63,14 +64,14 @@ class Runner:
 
     max_batch: Optional[int] = None
 
+    @abstractmethod
     def call(self, images: Images) -> Call:
         """A function of nothing that runs on these (H, W, 3) uint8 BGR images as one batch. What
         does not belong into the clock is done before it is returned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, result: Any) -> Optional[int]:
         """Detections in what a call returned; None if it selects none."""
-        raise NotImplementedError
 
 
 class GraphRunner(Runner):

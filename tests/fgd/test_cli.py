@@ -1,5 +1,4 @@
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -11,7 +10,6 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 
 from fgd import cli
 from fgd.config import load_config
@@ -19,18 +17,7 @@ from fgd.errors import UserError
 
 from .training import assert_equal, distilled, training_cfg
 
-
-@pytest.fixture(autouse=True)
-def _forget_loggers():
-    """Detectron2 sets loggers up once per process, on the stdout of that moment."""
-    yield
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "fgd"):
-        logger = logging.getLogger(name)
-        logger.propagate = True
-        for handler in logger.handlers[:]:
-            logger.removeHandler(handler)
-            handler.close()
+pytestmark = pytest.mark.usefixtures("forget_loggers")
 
 
 @pytest.fixture

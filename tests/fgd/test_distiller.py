@@ -10,6 +10,8 @@ from torch import nn
 from fgd.config import student_config
 from fgd.errors import UserError
 
+from .training import distilled
+
 ZERO = {f"{t}_WEIGHT": 0.0 for t in ("FOREGROUND", "BACKGROUND", "ATTENTION", "RELATION")}
 
 
@@ -17,17 +19,9 @@ ZERO = {f"{t}_WEIGHT": 0.0 for t in ("FOREGROUND", "BACKGROUND", "ATTENTION", "R
 def distiller_cfg(tiny_cfg, tmp_path):
     """Factory of a Distiller config whose teacher is a saved tiny detector of other channels."""
 
-    def make(arch="RetinaNet", teacher_channels=24, teacher_arch=None):
-        teacher = tiny_cfg(teacher_arch or arch, channels=teacher_channels)
+    def make(arch="RetinaNet", teacher_channels=24, teacher_arch=""):
         torch.manual_seed(5)
-        torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
-        (tmp_path / "teacher.yaml").write_text(teacher.dump())
-        cfg = tiny_cfg(arch)
-        cfg.MODEL.META_ARCHITECTURE = "Distiller"
-        cfg.MODEL.DISTILLER.STUDENT = arch
-        cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
-        cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
-        return cfg
+        return distilled(tiny_cfg(arch), tmp_path, teacher_arch, teacher_channels)
 
     return make
 

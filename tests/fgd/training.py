@@ -59,9 +59,9 @@ def training_cfg(folder: Path, arch: str = "RetinaNet", opts: tuple = ()) -> Cfg
     return register_from_config(cfg)
 
 
-def distilled(cfg: CfgNode, folder: Path) -> CfgNode:
-    """The same run under a teacher of the same kind with 24 channels and random weights."""
-    teacher = make_tiny_cfg(cfg.MODEL.META_ARCHITECTURE, channels=24)
+def distilled(cfg: CfgNode, folder: Path, teacher_arch: str = "", channels: int = 24) -> CfgNode:
+    """The same under a random teacher written to ``folder``, of its own kind unless told."""
+    teacher = make_tiny_cfg(teacher_arch or cfg.MODEL.META_ARCHITECTURE, channels=channels)
     torch.save({"model": build_model(teacher).state_dict()}, folder / "teacher.pth")
     (folder / "teacher.yaml").write_text(teacher.dump())
     cfg = cfg.clone()

@@ -2,11 +2,11 @@
 
 import logging
 import math
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from .config import get_fgd_cfg
 from .errors import UserError
-from .yaml_config import parse_yaml
+from .yaml_config import leaves, parse_yaml
 
 # Where and how often files are written, evaluation, and how fast samples are made: each leaves the
 # trained weights as they are. A prefix that ends in "." stands for all keys under it.
@@ -27,9 +27,6 @@ HARMLESS = (
     "DATALOADER.BAD_IMAGES",
     "DATALOADER.MAX_BAD_IMAGES",
     "MODEL.DISTILLER.PICTURE_PERIOD",
-    # A run that met a bad image goes on without it; whoever met none notices nothing.
-    "DATALOADER.BAD_IMAGES",
-    "DATALOADER.MAX_BAD_IMAGES",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.KEEP_CHECKPOINTS",
     "SOLVER.IGNORE_SAVE_ERRORS",
@@ -104,7 +101,7 @@ def _is_harmless(key: str, new: Dict[str, Any]) -> bool:
 
 
 def _parse(text: str) -> Dict[str, Any]:
-    return dict(_flatten(parse_yaml(text, "config")))
+    return dict(leaves(parse_yaml(text, "config")))
 
 
 def _differences(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, str]:
@@ -113,11 +110,3 @@ def _differences(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, str]:
         old = {**_parse(get_fgd_cfg().dump()), **old}
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
-
-
-def _flatten(node: dict, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

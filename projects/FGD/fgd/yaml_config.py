@@ -9,6 +9,7 @@ lists, arithmetic, comprehensions); every other python tag is refused.
 import ast
 import operator
 import os
+from typing import Any, Iterator, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -135,3 +136,12 @@ def _merge(source: dict, target: dict) -> None:
             _merge(value, target[key])
         else:
             target[key] = value
+
+
+def leaves(node: dict, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """("MODEL.ROI_HEADS.NAME", value) of every value of a config or of its parsed yaml."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

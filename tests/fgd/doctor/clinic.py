@@ -15,7 +15,7 @@ from fgd.data.stream import build_train_stream
 from ...conftest import make_tiny_cfg
 from ..training import CLASSES, training_cfg
 
-TEACHER_STEPS = 75  # AP50 about 80 on its training images
+TEACHER_STEPS = 120  # AP50 100 on its training images
 
 
 def write_colours(folder: Path) -> None:
@@ -50,11 +50,12 @@ def student_cfg(folder: Path, opts: tuple = ()) -> CfgNode:
 def train_teacher(folder: Path) -> Path:
     """A RetinaNet of 24 channels, as a checkpoint with config and class names; returns its path."""
     cfg = make_tiny_cfg(channels=24)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = build_model(cfg).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batches = iter(build_train_stream(student_cfg(folder)))
-    with EventStorage(0):
+    # TorchScript rounds otherwise after its first calls, in whichever test they were.
+    with EventStorage(0), torch.jit.optimized_execution(False):
         for _ in range(TEACHER_STEPS):
             optimizer.zero_grad()
             sum(model(next(batches)).values()).backward()

@@ -1,11 +1,9 @@
-"""The trained teacher, once per session, and what tests of the command need."""
+"""The trained teacher, once per session."""
 
-import logging
 import shutil
 
 import pytest
 import torch
-from detectron2.utils.logger import setup_logger
 
 from .clinic import train_teacher
 
@@ -22,16 +20,3 @@ def teacher(teacher_file, tmp_path):
     path = tmp_path / "teacher.pth"
     shutil.copy(teacher_file, path)
     return torch.load(path, weights_only=True), path
-
-
-@pytest.fixture
-def forget_loggers():
-    """Detectron2 sets loggers up once per process, on the stdout of that moment."""
-    yield
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "fgd"):
-        logger = logging.getLogger(name)
-        logger.propagate = True
-        for handler in logger.handlers[:]:
-            logger.removeHandler(handler)
-            handler.close()

@@ -58,7 +58,7 @@ def test_arms_are_compared_with_what_they_are_a_change_of():
 
 
 @pytest.fixture
-def tested(tmp_path):
+def evaluated(tmp_path):
     """A set of ten images with one box each; the student finds the first three."""
     truth = {"images": [], "annotations": [], "categories": [{"id": 4, "name": "disc"}]}
     for i in range(1, 11):
@@ -82,8 +82,8 @@ def tested(tmp_path):
     return runs, study_config(CONFIG, opts)
 
 
-def test_changes_come_from_the_saved_detections(tested):
-    runs, cfg = tested
+def test_changes_come_from_the_saved_detections(evaluated):
+    runs, cfg = evaluated
     (rows,) = changes(runs, "inherit+distil", cfg, 200).values()
     (pair,) = [(r["arm"], r["against"], r["class"]) for r in rows]  # one class is all of them
     assert pair == ("inherit+distil", "student", ALL)
@@ -92,8 +92,8 @@ def test_changes_come_from_the_saved_detections(tested):
     assert changes(runs, "inherit+distil", cfg, 200)["bbox"] == rows  # the same draws
 
 
-def test_detections_of_another_evaluation_are_refused(tested):
-    runs, cfg = tested
+def test_detections_of_another_evaluation_are_refused(evaluated):
+    runs, cfg = evaluated
     path = runs[1].folder / "inference" / "coco_instances_results.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
     with pytest.raises(UserError, match="student, seed 0: .* but the saved detections give 20.79"):
@@ -103,7 +103,7 @@ def test_detections_of_another_evaluation_are_refused(tested):
         changes(runs, "inherit+distil", cfg, 10)
 
 
-def test_one_arm_alone_is_compared_with_nothing(tested):
-    runs, cfg = tested
+def test_one_arm_alone_is_compared_with_nothing(evaluated):
+    runs, cfg = evaluated
     assert changes(runs[:2], "inherit+distil", cfg, 10) == {}
     assert np.isfinite(summarize(runs)[0]["bbox"]["AP"]["mean"])

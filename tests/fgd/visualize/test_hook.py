@@ -63,7 +63,7 @@ def test_it_is_off_by_default_and_on_other_ranks(tmp_path, monkeypatch):
     assert picture_hooks(cfg) == []  # a plain detector
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
     (hook,) = picture_hooks(cfg)
-    assert isinstance(hook, LogPictures) and hook.period == 3 and hook.bgr
+    assert isinstance(hook, LogPictures) and hook.period == 3 and hook.image_format == "BGR"
     monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
     assert picture_hooks(cfg) == []
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from PIL import Image
 from fgd.errors import UserError
 from fgd.trainer import FGDTrainer
 from fgd.visualize import level_maps
-from fgd.visualize.__main__ import detections, find_records, load_inputs, main, unique_names
-from fgd.visualize.run import open_run
+from fgd.visualize.__main__ import detections, find_records, main, unique_names
+from fgd.visualize.run import load_inputs, open_run
 
 from ..training import distilled, training_cfg
 

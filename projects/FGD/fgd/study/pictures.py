@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from ..config import load_config
 from ..data.datasets import register_from_config
 from ..errors import UserError
-from ..visualize import attention_figure, level_maps, loss_figure
-from ..visualize.__main__ import load_inputs
-from ..visualize.run import open_run
+from ..visualize import attention_figure, level_maps, loss_figure, rgb_pixels
+from ..visualize.run import load_inputs, open_run
 from .arms import TEACHER, Run
 from .files import is_finished
 
@@ -82,7 +81,7 @@ def attention(run: Run, images: int) -> List[Figure]:
     cfg.OUTPUT_DIR = str(run.folder)  # generated pictures are there
     return [
         attention_figure(
-            inputs["image"].permute(1, 2, 0).numpy()[:, :, :: -1 if _is_bgr(cfg) else 1],
+            rgb_pixels(inputs["image"], cfg.INPUT.FORMAT),
             inputs["instances"].gt_boxes.tensor,
             level_maps(distiller, inputs),
         )
@@ -96,10 +95,6 @@ def labelled_inputs(cfg: CfgNode, images: int) -> List[dict]:
     records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
     chosen = records[:: max(1, len(records) // images)][:images] if images else []
     return [load_inputs(record["file_name"], cfg, record) for record in chosen]
-
-
-def _is_bgr(cfg: CfgNode) -> bool:
-    return cfg.INPUT.FORMAT == "BGR"
 
 
 def _save(figure: Figure, path: Path) -> Path:

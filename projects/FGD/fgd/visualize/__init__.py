@@ -1,6 +1,6 @@
 """Pictures of what the distillation loss sees, and of how training went."""
 
-from .figures import attention_figure, loss_figure, read_metrics
+from .figures import attention_figure, loss_figure, read_metrics, rgb_pixels
 from .maps import LevelMaps, MapRecorder, level_maps
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
     "level_maps",
     "loss_figure",
     "read_metrics",
+    "rgb_pixels",
 ]

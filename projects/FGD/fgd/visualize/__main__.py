@@ -17,18 +17,15 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..data.coco_json import bad_box
-from ..data.images import ImageMapper
 from ..distiller import Distiller
 from ..errors import UserError
 from ..files import atomic_write
-from .figures import attention_figure
+from .figures import attention_figure, rgb_pixels
 from .maps import LevelMaps, level_maps
-from .run import open_run
+from .run import load_inputs, open_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,15 +118,6 @@ def _record(path: str, image: dict, annotations: Sequence[dict]) -> dict:
     return {"file_name": path, **size, "annotations": usable}
 
 
-def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
-    """The network's input at test size; of a record also "instances", as training has them."""
-    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = ImageMapper(
-        is_train=record is not None, augmentations=[resize], image_format=cfg.INPUT.FORMAT
-    )
-    return mapper(record or {"file_name": path})
-
-
 @torch.no_grad()
 def detections(distiller: Distiller, inputs: dict, score: float) -> Instances:
     """What the student finds with at least ``score``, in the shape of a ground truth."""
@@ -153,8 +141,7 @@ def save(
         arrays["padded_size"] = np.array(own.padded_size)
         named = {**own._asdict(), "difference": own.difference}
         arrays.update({f"{level}/{k}": v for k, v in named.items() if k != "padded_size"})
-    image = inputs["image"].permute(1, 2, 0).numpy()
-    image = image[:, :, ::-1] if image_format == "BGR" else image
+    image = rgb_pixels(inputs["image"], image_format)
     figure = attention_figure(image, boxes, maps, title)
     png, npz = (stem.with_name(f"{stem.name}{end}") for end in (".png", ".npz"))
     atomic_write(str(npz), lambda file: np.savez_compressed(file, **arrays))

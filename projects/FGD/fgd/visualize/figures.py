@@ -49,6 +49,12 @@ def attention_figure(
     return figure
 
 
+def rgb_pixels(image: Tensor, image_format: str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a network's (3, H, W) input, whose channels are "RGB" or "BGR"."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return pixels[:, :, ::-1] if image_format == "BGR" else pixels
+
+
 def _draw_image(axis: Axes, image: np.ndarray, boxes: Tensor, padded_size: Sequence[int]) -> None:
     """The image in grey with its boxes; what the batch was padded with stays white."""
     height, width = image.shape[:2]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..config import META_ARCHITECTURE
-from .figures import attention_figure
+from .figures import attention_figure, rgb_pixels
 from .maps import MapRecorder
 
 NAME = "distillation maps"  # of the picture in TensorBoard
@@ -37,7 +37,7 @@ class LogPictures(HookBase):
     """
 
     def __init__(self, period: int, image_format: str):
-        self.period, self.bgr = period, image_format == "BGR"
+        self.period, self.image_format = period, image_format
         self._recorder: Optional[MapRecorder] = None
 
     def before_step(self) -> None:
@@ -57,7 +57,7 @@ class LogPictures(HookBase):
         recorder.__exit__()
         self._handle.remove()
         if recorder.maps:
-            image = self._image.permute(1, 2, 0).cpu().numpy()[:, :, :: -1 if self.bgr else 1]
+            image = rgb_pixels(self._image, self.image_format)
             figure = attention_figure(image, recorder.boxes, recorder.maps, "ground truth")
             self.trainer.storage.put_image(NAME, rendered(figure))
 

@@ -1,13 +1,15 @@
-"""A checkpoint of a distilled run → its distiller, with the teacher that taught."""
+"""A checkpoint of a distilled run → its distiller, with the teacher that taught; its inputs."""
 
 import os
-from typing import Mapping, Tuple
+from typing import Mapping, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import transforms as T
 
 from ..checkpoint import FORMAT
 from ..config import META_ARCHITECTURE, find_config_file, load_config_text
+from ..data.images import ImageMapper
 from ..distiller import Distiller
 from ..errors import UserError
 from ..weights import load_complete, read_weights, weights_sha256
@@ -43,6 +45,15 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     return distiller.eval(), cfg
+
+
+def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
+    """The network's input at test size; of a record also "instances", as training has them."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    mapper = ImageMapper(
+        is_train=record is not None, augmentations=[resize], image_format=cfg.INPUT.FORMAT
+    )
+    return mapper(record or {"file_name": path})
 
 
 def _check_teacher(node: CfgNode, recorded: Mapping[str, str]) -> None:
