@@ -11,8 +11,8 @@ from detectron2 import model_zoo
 from detectron2.modeling import build_model
 
 from fgd.config import check_config, load_config, student_config
-from fgd.features import distilled_level_names, match_levels
-from fgd.solver import check_solver
+from fgd.distillation.features import distilled_level_names, match_levels
+from fgd.engine.solver import check_solver
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

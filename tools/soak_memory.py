@@ -20,7 +20,7 @@ from detectron2.engine.train_loop import HookBase
 from tabulate import tabulate
 from torch import nn
 
-from fgd.trainer import FGDTrainer
+from fgd.engine.trainer import FGDTrainer
 from tests.fgd.training import distilled, training_cfg
 
 # Detectron2 keeps every value of every logged scalar: 1 to 2 KiB per step. A leaked feature map of

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from deploy.graphs.common import clip, require
 from deploy.graphs.retinanet import ExportableRetinaNet
-from fgd.reppoints.head import DeformConv, RepPointsHead
-from fgd.reppoints.points import POINTS, MomentTransform
+from fgd.detectors.reppoints.head import DeformConv, RepPointsHead
+from fgd.detectors.reppoints.points import POINTS, MomentTransform
 
 KERNEL = 3  # taps per side of a deformable convolution
 

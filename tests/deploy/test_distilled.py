@@ -14,7 +14,7 @@ from deploy.graphs import exportable
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student
-from fgd.checkpoint import TrainingCheckpointer, describe_run
+from fgd.engine.checkpoint import TrainingCheckpointer, describe_run
 from fgd.weights import weights_sha256
 
 

@@ -10,13 +10,8 @@ from deploy.graphs import exportable
 from deploy.graphs.reppoints import ExportableRepPoints, SampledConv, sampling_grid
 from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.trt_lint import lint
-from fgd.reppoints.head import DeformConv
-from tests.deploy.conftest import (
-    SIZES,
-    assert_equal_detections,
-    detectron2_outputs,
-    ort_outputs,
-)
+from fgd.detectors.reppoints.head import DeformConv
+from tests.deploy.conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
 from tests.deploy.test_verification import change
 
 

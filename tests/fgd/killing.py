@@ -18,9 +18,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
 from fgd import cli
-from fgd.history import CLOCKS
-from fgd.run_folder import read_checkpoint
-from fgd.trainer import FGDTrainer
+from fgd.engine.history import CLOCKS
+from fgd.engine.run_folder import read_checkpoint
+from fgd.engine.trainer import FGDTrainer
 
 from .training import assert_equal, distilled, training_cfg
 

@@ -1,12 +1,12 @@
 """The two sweeps as plain float64 formulas over whole maps: what every implementation must equal.
 
-Written from the definitions in `fgd.sweep`'s docstrings, with autograd's own softmax and without
-tiles or running sums.
+Written from the definitions in the docstrings of `fgd.loss.sweep`, with autograd's own softmax and
+without tiles or running sums.
 """
 
 import torch
 
-from fgd.sweep import Slopes, Sweep
+from fgd.loss.sweep import Slopes, Sweep
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -37,7 +37,7 @@ def inputs(n, channels, height, width, seed=0, scale=1.0):
 
 
 def forward(student, teacher, mask_student, mask_teacher, foreground, background, temperature):
-    """`fgd.sweep.forward_sweep` of float64 maps."""
+    """`fgd.loss.sweep.forward_sweep` of float64 maps."""
     s, t = student.flatten(2), teacher.flatten(2)
     d = s - t
     logits_s, logits_t = (
@@ -61,7 +61,7 @@ def forward(student, teacher, mask_student, mask_teacher, foreground, background
 
 
 def backward(student, teacher, mask_student, slopes):
-    """`fgd.sweep.backward_sweep` of float64 maps; the teacher's mask weights are not needed."""
+    """`fgd.loss.sweep.backward_sweep` of float64 maps; needs no mask weights of the teacher."""
     s, t = student.flatten(2), teacher.flatten(2)
     column = lambda x: x[:, :, None]  # noqa: E731  per channel
     row = lambda x: x[:, None, :]  # noqa: E731  per cell

@@ -9,14 +9,14 @@ import torch
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
-from fgd import stop
 from fgd.config import load_config
 from fgd.data.datasets import register_from_config
+from fgd.distillation.features import Level
+from fgd.distillation.methods import FGD
+from fgd.engine import stop
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import DivergedError, StoppedError
-from fgd.features import Level
-from fgd.losses import Weights
-from fgd.methods import FGD
-from fgd.trainer import FGDTrainer
+from fgd.loss.terms import Weights
 
 
 class Poison(HookBase):

@@ -1,4 +1,4 @@
-"""Tests of `fgd.sweep_triton` in Triton's interpreter or on a GPU, run by test_sweep_triton.py.
+"""Tests of `sweep_triton` in Triton's interpreter or on a GPU, run by test_sweep_triton.py.
 
 A process of its own, because TRITON_INTERPRET must be set before Triton is imported; without it
 the same tests run on a GPU. Maps are tiny: the interpreter takes a tenth of a second for what a
@@ -12,9 +12,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from fgd import sweep, sweep_kernels, sweep_triton
-from fgd.fused import fused_terms
-from fgd.losses import GlobalContext, composed_terms
+from fgd.loss import sweep, sweep_kernels, sweep_triton
+from fgd.loss.fused import fused_terms
+from fgd.loss.terms import GlobalContext, composed_terms
 from tests.fgd import plain_sweep
 
 # What rounding may do to sums of some hundred values, and to a gradient in the map's own dtype.

@@ -1,6 +1,6 @@
 import torch
 
-from fgd.attention import channel_attention, spatial_attention
+from fgd.loss.attention import channel_attention, spatial_attention
 from tests import reference
 
 

@@ -8,9 +8,9 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fgd import backbones
-from fgd.backbones import TimmBackbone
 from fgd.config import get_fgd_cfg
+from fgd.detectors import backbones
+from fgd.detectors.backbones import TimmBackbone
 from fgd.errors import UserError
 
 STAGES = ["res2", "res3", "res4", "res5"]

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgd.data.stream import build_train_stream
-from fgd.trainer import FGDTrainer
+from fgd.engine.trainer import FGDTrainer
 
 from .test_stream import take
 from .training import distilled, training_cfg

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fgd import run_folder
-from fgd.checkpoint import SavePeriodically, TrainingCheckpointer, loss_normalizers
+from fgd.engine import run_folder
+from fgd.engine.checkpoint import SavePeriodically, TrainingCheckpointer, loss_normalizers
 from fgd.errors import UserError
 from fgd.files import remove_stale_temporaries
 

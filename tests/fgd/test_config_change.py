@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from fgd.config import get_fgd_cfg
-from fgd.config_change import check_changes, training_changes
+from fgd.engine.config_change import check_changes, training_changes
 from fgd.errors import UserError
 
 

@@ -7,11 +7,11 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos
 from detectron2.utils.events import EventStorage
 
-from fgd.backbones import group_norm
 from fgd.config import get_fgd_cfg
 from fgd.data.checks import NUM_CLASSES_KEYS
-from fgd.fcos import FCOS, build_fcos_resnet_fpn_backbone
-from fgd.features import distilled_level_names
+from fgd.detectors.backbones import group_norm
+from fgd.detectors.fcos import FCOS, build_fcos_resnet_fpn_backbone
+from fgd.distillation.features import distilled_level_names
 
 
 @pytest.fixture

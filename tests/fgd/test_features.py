@@ -1,14 +1,14 @@
 import pytest
 from detectron2.layers import ShapeSpec
 
-from fgd.errors import UserError
-from fgd.features import (
+from fgd.distillation.features import (
     Level,
     distilled_level_names,
     level_table,
     match_levels,
     parse_level_map,
 )
+from fgd.errors import UserError
 
 
 def shapes(**levels):

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
-from fgd import tiles
-from fgd.fused import fused_terms
-from fgd.losses import FGDLevelLoss, Weights, composed_terms
-from fgd.masks import cell_weights
+from fgd.loss import tiles
+from fgd.loss.fused import fused_terms
+from fgd.loss.masks import cell_weights
+from fgd.loss.terms import FGDLevelLoss, Weights, composed_terms
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 coordinate = st.floats(-8, 72, width=32)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from detectron2.utils.events import EventStorage
 
-from fgd.history import ContinueMetrics, repair_metrics
+from fgd.engine.history import ContinueMetrics, repair_metrics
 
 
 def lines(*iterations):

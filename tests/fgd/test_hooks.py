@@ -4,7 +4,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fgd.hooks import LogLevelTotals
+from fgd.engine.hooks import LogLevelTotals
 
 
 def test_level_totals_reach_the_storage_times_the_factor():

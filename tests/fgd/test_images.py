@@ -18,8 +18,8 @@ from deploy.serving import preprocess
 from fgd.data import images
 from fgd.data.images import BadImage, read_image
 from fgd.data.stream import build_train_stream, plan_batches
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
-from fgd.trainer import FGDTrainer
 
 from .test_stream import assert_same_batches, names, take
 from .training import training_cfg

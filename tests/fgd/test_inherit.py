@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from fgd.distillation.inherit import inherit, neck_and_head
 from fgd.errors import UserError
-from fgd.inherit import inherit, neck_and_head
 
 
 class Detector(nn.Module):

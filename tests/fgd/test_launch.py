@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from fgd import stop
-from fgd.errors import UserError
-from fgd.launch import (
+from fgd.engine import stop
+from fgd.engine.launch import (
     WorkerError,
     _cause,
     _free_port,
@@ -21,6 +20,7 @@ from fgd.launch import (
     launch,
     one_line,
 )
+from fgd.errors import UserError
 
 from . import ranks
 from .test_stop import is_running, wait_until

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from fgd import lock
+from fgd.engine import lock
+from fgd.engine.lock import folder_lock
 from fgd.errors import UserError
-from fgd.lock import folder_lock
 
 FORK = multiprocessing.get_context("fork")
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgd.fused import fused_terms
-from fgd.losses import TERMS, FGDLevelLoss, GlobalContext, Weights, composed_terms
-from fgd.masks import cell_weights
+from fgd.loss.fused import fused_terms
+from fgd.loss.masks import cell_weights
+from fgd.loss.terms import TERMS, FGDLevelLoss, GlobalContext, Weights, composed_terms
 from tests import reference
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fgd.masks import background_mask, boxes_in_cells, cell_weights, foreground_mask
+from fgd.loss.masks import background_mask, boxes_in_cells, cell_weights, foreground_mask
 from tests import reference
 
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fgd import tiles
 from fgd.bench.per_box import PerBoxFGD
-from fgd.features import Level
-from fgd.fused import fused_terms
-from fgd.losses import TERMS, Weights
-from fgd.masks import cell_weights
-from fgd.methods import FGD, METHOD_REGISTRY, terms_function
+from fgd.distillation.features import Level
+from fgd.distillation.methods import FGD, METHOD_REGISTRY, terms_function
+from fgd.loss import tiles
+from fgd.loss.fused import fused_terms
+from fgd.loss.masks import cell_weights
+from fgd.loss.terms import TERMS, Weights
 
 LEVELS = [Level("p3", 4, 4), Level("p4", 2, 4)]
 BOXES = [torch.tensor([[3.0, 3, 30, 20]]), torch.zeros(0, 4)]

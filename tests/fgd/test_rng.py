@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from fgd import rng
+from fgd.engine import rng
 
 
 def draw():

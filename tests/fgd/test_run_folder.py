@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from fgd.checkpoint import TrainingCheckpointer
-from fgd.errors import UserError
-from fgd.run_folder import (
+from fgd.engine.checkpoint import TrainingCheckpointer
+from fgd.engine.run_folder import (
     check_unused,
     config_kept,
     delete_old_checkpoints,
     delete_run,
     newest_checkpoint,
 )
+from fgd.errors import UserError
 
 from .test_checkpoint import HEADER, Trainer
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from fgd.config import get_fgd_cfg
+from fgd.distillation.schedule import Schedule, schedule_from_config
 from fgd.errors import UserError
-from fgd.schedule import Schedule, schedule_from_config
 
 from .test_trainer import assert_same_end, begin_second, read_metrics, train
 from .training import distilled, training_cfg

@@ -6,8 +6,8 @@ from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from torch import nn
 
 from fgd.config import get_fgd_cfg
+from fgd.engine.solver import build_lr_scheduler, build_optimizer, check_solver
 from fgd.errors import DivergedError, UserError
-from fgd.solver import build_lr_scheduler, build_optimizer, check_solver
 
 
 def solver_cfg(**keys):

@@ -9,9 +9,15 @@ import torch
 from detectron2.engine.train_loop import HookBase
 from torch import nn
 
+from fgd.engine.step import (
+    MAX_SKIPPED,
+    RunningStatistics,
+    SkipsCounted,
+    StepTogether,
+    check_together,
+)
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import DivergedError
-from fgd.step import MAX_SKIPPED, RunningStatistics, SkipsCounted, StepTogether, check_together
-from fgd.trainer import FGDTrainer
 
 from .training import distilled, training_cfg
 

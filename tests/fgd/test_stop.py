@@ -13,9 +13,9 @@ import torch
 from detectron2.engine.train_loop import HookBase
 from torch.utils.data import DataLoader
 
-from fgd import checkpoint, stop
+from fgd.engine import checkpoint, stop
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import StoppedError
-from fgd.trainer import FGDTrainer
 
 from .test_trainer import assert_equal, load
 from .training import training_cfg

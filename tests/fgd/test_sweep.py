@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fgd import sweep, tiles
+from fgd.loss import sweep, tiles
 from tests.fgd import plain_sweep
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

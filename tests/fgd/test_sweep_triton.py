@@ -17,8 +17,8 @@ triton = pytest.importorskip("triton", reason="optional: PyTorch brings it for G
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from fgd import sweep, sweep_kernels, sweep_triton  # noqa: E402
 from fgd.errors import UserError  # noqa: E402
+from fgd.loss import sweep, sweep_kernels, sweep_triton  # noqa: E402
 from tests.fgd import plain_sweep  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_asks_for_a_gpu():
 
 
 class Launches:
-    """Takes the place of `fgd.sweep_kernels`: compiles every launch and runs none."""
+    """Takes the place of `fgd.loss.sweep_kernels`: compiles every launch and runs none."""
 
     BY_CELL, BY_CHANNEL = sweep_kernels.BY_CELL, sweep_kernels.BY_CHANNEL
 

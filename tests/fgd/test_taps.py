@@ -7,8 +7,8 @@ from detectron2.layers import Conv2d
 from detectron2.modeling import build_backbone
 from torch import nn
 
+from fgd.distillation.taps import FeatureTap, Source, choose_sources, find_norm, read_levels
 from fgd.errors import UserError
-from fgd.taps import FeatureTap, Source, choose_sources, find_norm, read_levels
 
 PARTNERS = {name: name for name in ("p3", "p4", "p5", "p6", "p7")}
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from fgd.distillation.teacher import FrozenTeacher, build_teacher, teacher_config
 from fgd.errors import UserError
-from fgd.teacher import FrozenTeacher, build_teacher, teacher_config
 
 
 @pytest.fixture

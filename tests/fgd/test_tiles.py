@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fgd import tiles
-from fgd.tiles import Scratch, by_cell, by_channel
+from fgd.loss import tiles
+from fgd.loss.tiles import Scratch, by_cell, by_channel
 
 SHAPES = [(1, 1, 1), (3, 2, 7), (2, 4, 30), (5, 3, 2), (2, 100, 3)]
 

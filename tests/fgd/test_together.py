@@ -1,8 +1,8 @@
 import pytest
 
-from fgd import together
+from fgd.engine import together
+from fgd.engine.together import on_main_process
 from fgd.errors import UserError
-from fgd.together import on_main_process
 
 
 def fail():

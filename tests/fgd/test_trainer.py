@@ -12,9 +12,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from fgd.config import student_config
+from fgd.engine.history import CLOCKS
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
-from fgd.history import CLOCKS
-from fgd.trainer import FGDTrainer
 
 from .training import assert_equal, distilled, training_cfg
 

@@ -2,10 +2,10 @@
 
 from .compat import lend_deform_conv
 from .config import add_fgd_config, get_fgd_cfg, load_config, student_config
-from .distiller import Distiller
+from .distillation.distiller import Distiller
+from .distillation.methods import FGD, METHOD_REGISTRY
 from .errors import DivergedError, UserError
-from .losses import FGDLevelLoss, Weights
-from .methods import FGD, METHOD_REGISTRY
+from .loss.terms import FGDLevelLoss, Weights
 
 lend_deform_conv()
 

@@ -18,18 +18,18 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from . import stop
 from .config import check_config, load_config, student_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
 from .doctor import command as doctor
+from .engine import stop
+from .engine.launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
+from .engine.lock import folder_lock
+from .engine.run_folder import check_unused, config_kept, newest_checkpoint
+from .engine.solver import check_solver
+from .engine.trainer import FGDTrainer
 from .errors import StoppedError, UserError
 from .files import atomic_write
-from .launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
-from .lock import folder_lock
-from .run_folder import check_unused, config_kept, newest_checkpoint
-from .solver import check_solver
-from .trainer import FGDTrainer
 from .weights import load_complete
 
 RESULTS = "results.json"

@@ -8,17 +8,17 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from .backbones import add_timm_config
 from .data.datasets import add_data_config
+from .detectors.backbones import add_timm_config
+from .detectors.fcos import add_fcos_config
+from .detectors.reppoints import add_reppoints_config
+from .distillation.features import parse_level_map
+from .distillation.methods import METHOD_REGISTRY, terms_function
+from .distillation.schedule import schedule_from_config
+from .distillation.taps import check_kind
 from .doctor.settings import add_doctor_config, check_doctor
+from .engine.solver import add_solver_config
 from .errors import UserError
-from .fcos import add_fcos_config
-from .features import parse_level_map
-from .methods import METHOD_REGISTRY, terms_function
-from .reppoints import add_reppoints_config
-from .schedule import schedule_from_config
-from .solver import add_solver_config
-from .taps import check_kind
 from .yaml_config import SafeCfgNode, parse_yaml
 
 META_ARCHITECTURE = "Distiller"
@@ -40,7 +40,7 @@ def _distiller_node(Node) -> CfgNode:
     distiller = Node()
     # The student's own meta-architecture; MODEL.META_ARCHITECTURE is "Distiller" while training.
     distiller.STUDENT = "RetinaNet"
-    # Name in fgd.methods.METHOD_REGISTRY; "" = no distillation loss, the student only inherits.
+    # Name in fgd.METHOD_REGISTRY; "" = no distillation loss, the student only inherits.
     distiller.METHOD = "FGD"
     # Names of the distilled outputs of the student's backbone. [] = the paper's choice for its
     # detector: p3-p7 for dense detectors, p2-p5 for R-CNN (p6 there is only a max-pool of p5).

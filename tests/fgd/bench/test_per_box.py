@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fgd.bench.per_box import PerBoxFGD, paint_masks
-from fgd.features import Level
-from fgd.losses import TERMS, FGDLevelLoss, Weights, composed_terms
-from fgd.masks import cell_weights
+from fgd.distillation.features import Level
+from fgd.loss.masks import cell_weights
+from fgd.loss.terms import TERMS, FGDLevelLoss, Weights, composed_terms
 from tests import reference
 from tests.fgd.test_losses import GOLDEN, load_golden, random, randomize
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from fgd import cli, solver, taps
+from fgd import cli
 from fgd.config import load_config, load_config_text
+from fgd.distillation import taps
 from fgd.doctor.settings import CHECKS
+from fgd.engine import solver
 
 from .clinic import CLASSES, distilled_cfg, save_teacher, write_config
 

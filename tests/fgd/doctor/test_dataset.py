@@ -2,12 +2,7 @@ import json
 
 import pytest
 
-from fgd.doctor.dataset import (
-    check_classes,
-    check_data,
-    check_teacher_classes,
-    dropped_boxes,
-)
+from fgd.doctor.dataset import check_classes, check_data, check_teacher_classes, dropped_boxes
 
 
 def test_dropped_boxes_are_counted_by_reason_for_the_datasets_of_the_run(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from fgd import taps
 from fgd.data.stream import build_train_stream
+from fgd.distillation import taps
 from fgd.doctor.losses import (
     Measured,
     check_gradients,

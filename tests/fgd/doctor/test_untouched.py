@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 
-from fgd import rng
-from fgd.checkpoint import loss_normalizers
 from fgd.doctor.command import before_step_one
 from fgd.doctor.untouched import untouched
-from fgd.trainer import FGDTrainer
+from fgd.engine import rng
+from fgd.engine.checkpoint import loss_normalizers
+from fgd.engine.trainer import FGDTrainer
 
 from ..training import assert_equal, distilled, training_cfg
 from .clinic import distilled_cfg

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fgd.reppoints.assign import BACKGROUND, IGNORED, assign_by_iou, assign_points
+from fgd.detectors.reppoints.assign import BACKGROUND, IGNORED, assign_by_iou, assign_points
 
 SHAPES, STRIDES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)], [8, 16, 32, 64, 128]
 FIRST = [0, 320, 400, 420, 426]  # number of each level's first location

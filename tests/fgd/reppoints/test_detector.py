@@ -8,10 +8,10 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 
 from fgd.config import get_fgd_cfg
 from fgd.data.checks import NUM_CLASSES_KEYS
+from fgd.detectors.reppoints import RepPoints
+from fgd.detectors.reppoints.assign import assign_by_iou, assign_points
+from fgd.distillation.features import distilled_level_names
 from fgd.errors import UserError
-from fgd.features import distilled_level_names
-from fgd.reppoints import RepPoints
-from fgd.reppoints.assign import assign_by_iou, assign_points
 
 LOSSES = {"loss_cls", "loss_box_init", "loss_box_refine"}
 

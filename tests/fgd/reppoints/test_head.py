@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fgd.reppoints.head import DeformConv, RepPointsHead
+from fgd.detectors.reppoints.head import DeformConv, RepPointsHead
 
 
 @pytest.fixture

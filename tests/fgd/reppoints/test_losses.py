@@ -2,8 +2,8 @@ import math
 
 import torch
 
-from fgd.reppoints.assign import BACKGROUND, IGNORED
-from fgd.reppoints.losses import box_loss, class_loss, class_targets, normalizer
+from fgd.detectors.reppoints.assign import BACKGROUND, IGNORED
+from fgd.detectors.reppoints.losses import box_loss, class_loss, class_targets, normalizer
 
 
 def test_every_image_counts_at_least_once():

@@ -4,7 +4,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from fgd.config import get_fgd_cfg
-from fgd.reppoints.neck import (
+from fgd.detectors.reppoints.neck import (
     PlainP6P7,
     build_reppoints_resnet_fpn_backbone,
     build_reppoints_timm_fpn_backbone,

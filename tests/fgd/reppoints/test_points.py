@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 
-from fgd.reppoints.points import MomentTransform, at_least_float32, moment_boxes, scale_gradient
+from fgd.detectors.reppoints.points import (
+    MomentTransform,
+    at_least_float32,
+    moment_boxes,
+    scale_gradient,
+)
 
 
 def grid_points(x, y, half_width, half_height):

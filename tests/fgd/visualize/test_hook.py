@@ -6,8 +6,8 @@ import torch
 from detectron2.engine.train_loop import HookBase
 from matplotlib.figure import Figure
 
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
-from fgd.trainer import FGDTrainer
 from fgd.visualize.hook import LogPictures, picture_hooks, rendered
 
 from ..test_trainer import assert_equal, load

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
-from fgd.trainer import FGDTrainer
 from fgd.visualize import level_maps
 from fgd.visualize.__main__ import detections, find_records, main, unique_names
 from fgd.visualize.run import load_inputs, open_run

@@ -2,13 +2,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from fgd.attention import channel_attention, spatial_attention
-from fgd.distiller import Distiller
+from fgd.distillation.distiller import Distiller
+from fgd.distillation.features import Level
+from fgd.distillation.methods import FGD
+from fgd.distillation.teacher import FrozenTeacher
 from fgd.errors import UserError
-from fgd.features import Level
-from fgd.losses import Weights
-from fgd.methods import FGD
-from fgd.teacher import FrozenTeacher
+from fgd.loss.attention import channel_attention, spatial_attention
+from fgd.loss.terms import Weights
 from fgd.visualize import MapRecorder, level_maps
 
 

@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from ..features import Level
-from ..losses import Weights
-from ..methods import FGD, terms_function
+from ..distillation.features import Level
+from ..distillation.methods import FGD, terms_function
+from ..loss.terms import Weights
 from .cases import PYRAMIDS, Maps, draw_boxes, draw_maps, levels_of
 from .memory import trace_halves
 from .per_box import PerBoxFGD

@@ -2,8 +2,8 @@
 
 One Python loop over boxes paints the masks, the host waiting for each corner; attention, masked
 features and context blocks exist as full-size maps; autograd keeps them all until the backward
-pass. The same terms and parameter names as `fgd.methods.FGD`, written apart from it, so that a
-faster package does not make its own baseline faster.
+pass. The same terms and parameter names as `fgd.FGD`, written apart from it, so that a faster
+package does not make its own baseline faster.
 """
 
 from typing import Dict, List, Sequence, Tuple
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ..features import Level
-from ..losses import GlobalContext, Weights
+from ..distillation.features import Level
+from ..loss.terms import GlobalContext, Weights
 
 
 class PerBoxFGD(nn.Module):
-    """Called as `fgd.methods.FGD` is; boxes are placed on the padded grid. Nothing may be empty
+    """Called as `fgd.FGD` is; boxes are placed on the padded grid. Nothing may be empty
     but the boxes of an image."""
 
     def __init__(self, levels: Sequence[Level], weights: Weights, temperature: float):

@@ -10,9 +10,9 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
-from .. import solver
-from ..losses import TERMS
-from ..taps import read_levels
+from ..distillation.taps import read_levels
+from ..engine import solver
+from ..loss.terms import TERMS
 from .goals import step_goal
 from .memory import trace
 from .timing import Times, alternate, noise, ratio
@@ -30,8 +30,8 @@ class TrainingStep:
     """One step of Detectron2's training loop on the same batch each time.
 
     Images to the device, forward, backward, clipping, optimizer and logged losses, as
-    `fgd.trainer` runs it, AMP included; without loading data. The learning rate is 0, so that
-    every step does the same work.
+    `fgd.engine.trainer` runs it, AMP included; without loading data. The learning rate is 0, so
+    that every step does the same work.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module, batch):

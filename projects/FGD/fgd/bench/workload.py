@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS, config_value
+from ..distillation.taps import Sources
+from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
+from ..engine.solver import check_solver
+from ..engine.trainer import load_student_weights
 from ..errors import UserError
-from ..solver import check_solver
-from ..taps import Sources
-from ..teacher import FrozenTeacher, build_teacher, teacher_config
-from ..trainer import load_student_weights
 from .cases import draw_boxes
 
 

@@ -18,9 +18,9 @@ from detectron2.utils import comm
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
-from .. import rng
+from ..engine import rng
+from ..engine.stop import WORKER_START, ended_with_its_workers, shield_worker
 from ..errors import UserError
-from ..stop import WORKER_START, ended_with_its_workers, shield_worker
 from .images import BadImage, ImageMapper
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from ..config import META_ARCHITECTURE
+from ..engine.trainer import FGDTrainer
 from ..errors import UserError
 from ..files import atomic_write
-from ..trainer import FGDTrainer
 from .balance import balanced_factor
 from .examination import Form, examine
 from .patient import Patient

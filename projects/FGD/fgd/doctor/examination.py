@@ -15,13 +15,13 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
-from .. import rng
-from ..checkpoint import student_of
 from ..config import META_ARCHITECTURE, student_config
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
 from ..data.stream import build_train_stream
+from ..distillation.features import distilled_level_names, match_levels
+from ..engine import rng
+from ..engine.checkpoint import student_of
 from ..errors import UserError
-from ..features import distilled_level_names, match_levels
 from . import dataset, losses, scoring, teacher, wiring
 from .findings import FAULT, OK, WARNING, Finding, Report
 from .patient import Patient

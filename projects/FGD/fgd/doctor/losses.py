@@ -10,8 +10,8 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..distillation.schedule import Schedule
 from ..errors import UserError
-from ..schedule import Schedule
 from .findings import FAULT, OK, WARNING, Finding
 from .untouched import untouched
 

@@ -7,9 +7,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .. import compat, solver
+from .. import compat
 from ..data.stream import TrainStream
-from ..trainer import FGDTrainer, load_student_weights
+from ..engine import solver
+from ..engine.trainer import FGDTrainer, load_student_weights
 
 
 @dataclass

@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..distillation.teacher import teacher_config
 from ..errors import UserError
-from ..teacher import teacher_config
 from ..weights import LoadReport, load_complete, weights_sha256
 from .findings import FAULT, OK, WARNING, Finding
 

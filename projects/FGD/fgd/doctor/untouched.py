@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from .. import rng
+from ..engine import rng
 
 _PLAIN = (bool, int, float, str, tuple)
 

@@ -37,7 +37,7 @@ def check_frozen(
     if not problems:
         found = f"{count} tensors as in the file, without gradient, in eval mode, part of nothing"
         return Finding("frozen", OK, found)
-    advice = "build the teacher with fgd.teacher.FrozenTeacher and keep it out of every module"
+    advice = "build the teacher with FrozenTeacher and keep it out of every module"
     return Finding("frozen", FAULT, f"the teacher: {'; '.join(problems)}", advice)
 
 

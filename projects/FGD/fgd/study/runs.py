@@ -11,19 +11,11 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 import torch
 from detectron2.config import CfgNode
 
+from ..distillation.teacher import teacher_config
 from ..errors import UserError
-from ..teacher import teacher_config
 from . import budget
 from .arms import LONG, TEACHER, Run
-from .files import (
-    CONSOLE,
-    MINUTES,
-    is_finished,
-    read_minutes,
-    read_result,
-    write_json,
-    write_text,
-)
+from .files import CONSOLE, MINUTES, is_finished, read_minutes, read_result, write_json, write_text
 
 _POLL = 0.1  # seconds
 _STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # by a signal; nothing is wrong

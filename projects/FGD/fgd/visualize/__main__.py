@@ -20,7 +20,7 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..data.coco_json import bad_box
-from ..distiller import Distiller
+from ..distillation.distiller import Distiller
 from ..errors import UserError
 from ..files import atomic_write
 from .figures import attention_figure, rgb_pixels

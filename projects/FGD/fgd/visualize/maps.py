@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attention import spatial_attention
-from ..distiller import Distiller
+from ..distillation.distiller import Distiller
+from ..distillation.methods import FGD
 from ..errors import UserError
-from ..methods import FGD
-from ..sweep import small_dtype
+from ..loss.attention import spatial_attention
+from ..loss.sweep import small_dtype
 
 
 class LevelMaps(NamedTuple):

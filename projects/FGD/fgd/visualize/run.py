@@ -7,10 +7,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-from ..checkpoint import FORMAT
 from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..data.images import ImageMapper
-from ..distiller import Distiller
+from ..distillation.distiller import Distiller
+from ..engine.checkpoint import FORMAT
 from ..errors import UserError
 from ..weights import load_complete, read_weights, weights_sha256
 

@@ -1,0 +1,206 @@
+"""FPN over any timm backbone that offers features, for students smaller than ResNet-18."""
+
+import logging
+import math
+
+import timm
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from torch import nn
+
+from ..errors import UserError
+
+__all__ = [
+    "TimmBackbone",
+    "add_timm_config",
+    "build_retinanet_timm_fpn_backbone",
+    "build_timm_fpn_backbone",
+    "group_norm",
+    "pyramid_norm",
+    "timm_fpn",
+]
+
+logger = logging.getLogger(__name__)
+
+_STAGES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # Detectron2's names and their strides
+_NORMS = ("BN", "SyncBN", "FrozenBN")
+_TOP_BLOCKS = ("default", "none", "maxpool", "p6p7")
+
+
+def add_timm_config(cfg: CfgNode) -> None:
+    """Add MODEL.TIMM, read by the two builders below; MODEL.FPN.* applies as in Detectron2."""
+    node = cfg.MODEL.TIMM = type(cfg)()
+    # Any name for which timm.create_model(name, features_only=True) gives strides 4, 8, 16, 32.
+    node.NAME = "mobilenetv3_small_050"
+    # Download timm's ImageNet weights. Off: the commands work without a network, and arms that are
+    # compared start alike. The weights expect RGB input and their own MODEL.PIXEL_MEAN / _STD.
+    node.PRETRAINED = False
+    # "BN", "SyncBN" (several GPUs with few images each) or "FrozenBN" (only with PRETRAINED).
+    # MODEL.FPN.NORM is the pyramid's own.
+    node.NORM = "BN"
+    # Levels above the last of MODEL.FPN.IN_FEATURES: "maxpool" (p6), "p6p7" (two convolutions),
+    # "none" (small images need neither), "default" = maxpool, or p6p7 in the RetinaNet builder.
+    node.TOP_BLOCK = "default"
+
+
+class TimmBackbone(Backbone):
+    """A timm features-only network under Detectron2's backbone contract.
+
+    images (N, C, H, W), H and W multiples of the largest stride -> dict of `out_features`, each
+    (N, channels, H / stride, W / stride). Where timm offers several features of one stride, the
+    last one counts; stages above the last one asked for are not built.
+    """
+
+    def __init__(self, name: str, out_features, in_channels=3, pretrained=False, norm="BN"):
+        """
+        Args:
+            out_features: ascending subset of res2, res3, res4, res5 (strides 4, 8, 16, 32).
+            norm: BN, SyncBN or FrozenBN.
+        Raises:
+            UserError: unknown timm name or stage, no feature of a stride, failed download.
+        """
+        super().__init__()
+        unknown = [f for f in out_features if f not in _STAGES]
+        if unknown or list(out_features) != sorted(set(out_features)) or not out_features:
+            raise UserError(
+                f"MODEL.FPN.IN_FEATURES {list(out_features)}: expected an ascending subset of "
+                f"{list(_STAGES)}"
+            )
+        if norm not in _NORMS or (norm == "FrozenBN" and not pretrained):
+            raise UserError(
+                f"MODEL.TIMM.NORM {norm!r}: expected one of {', '.join(_NORMS)}; FrozenBN needs "
+                "MODEL.TIMM.PRETRAINED True, since frozen statistics of random weights mean nothing"
+            )
+        indices = _stage_indices(name, out_features)
+        body = _create(name, pretrained, in_chans=in_channels, out_indices=indices)
+        self._channels_last = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
+        channels = body.feature_info.channels()
+        # timm's own converters: Detectron2's would drop the activation inside BatchNormAct2d.
+        if norm == "SyncBN":
+            body = convert_sync_batchnorm(body)
+        elif norm == "FrozenBN":
+            body = freeze_batch_norm_2d(body)
+        self.body = body
+        self._out_features = list(out_features)
+        self._out_feature_channels = dict(zip(out_features, channels, strict=True))
+        self._out_feature_strides = {f: _STAGES[f] for f in out_features}
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(self._out_feature_strides.values())
+
+    def forward(self, x):
+        features = self.body(x)
+        if self._channels_last:
+            features = [f.permute(0, 3, 1, 2).contiguous() for f in features]
+        return dict(zip(self._out_features, features, strict=True))
+
+
+def _create(name: str, pretrained: bool, **options) -> nn.Module:
+    """timm.create_model, whose failures (no network, no such name) become one-line errors."""
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "none"
+        raise UserError(f"MODEL.TIMM.NAME {name!r} is not a timm model (similar: {similar})")
+    try:
+        return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
+    except Exception as error:  # timm and its hub client raise about ten unrelated types here
+        if pretrained:
+            raise UserError(
+                f"pretrained weights of {name!r} could not be loaded ({_one_line(error)}). Without "
+                "network set MODEL.TIMM.PRETRAINED False, or fill timm's cache (HF_HOME) first"
+            ) from error
+        raise UserError(f"MODEL.TIMM.NAME {name!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _stage_indices(name: str, out_features) -> tuple[int, ...]:
+    """Index of the last timm feature of each stage's stride, from an untrained probe."""
+    reductions = _create(name, pretrained=False).feature_info.reduction()
+    missing = [f for f in out_features if _STAGES[f] not in reductions]
+    if missing:
+        raise UserError(
+            f"MODEL.TIMM.NAME {name!r} has features of strides {reductions}, none for "
+            f"{', '.join(f'{f} (stride {_STAGES[f]})' for f in missing)} of MODEL.FPN.IN_FEATURES"
+        )
+    last = {reduction: index for index, reduction in enumerate(reductions)}
+    return tuple(last[_STAGES[f]] for f in out_features)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Detectron2's "GN" (32 groups) from 64 channels on, for fewer as many groups as two each make.
+
+    One value per group would always be normalised to 0, as on a map of one cell. An odd number of
+    channels is one group; v0.6's FCOS tries a norm on one channel.
+    """
+    return nn.GroupNorm(math.gcd(32, channels, channels // 2), channels)
+
+
+def pyramid_norm(name: str):
+    """What Detectron2's FPN takes as its norm, for MODEL.FPN.NORM: narrow pyramids can be "GN"."""
+    return group_norm if name == "GN" else name
+
+
+def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int, p6p7):
+    """(module or None); attached to the last level, whatever its stride."""
+    if kind == "none":
+        return None
+    if kind == "p6p7":
+        return p6p7(in_channels, out_channels, in_feature=last_feature)
+    block = LastLevelMaxPool()
+    block.in_feature = last_feature.replace("res", "p")  # Detectron2 fixes it to p5
+    return block
+
+
+def timm_fpn(
+    cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str, p6p7=LastLevelP6P7
+) -> FPN:
+    """FPN over MODEL.TIMM.
+
+    Args:
+        default_top_block: what MODEL.TIMM.TOP_BLOCK "default" means.
+        p6p7: makes the top block of that name, with the signature of Detectron2's.
+    Raises:
+        UserError: a key of MODEL.TIMM, MODEL.FPN or MODEL.BACKBONE that does not fit; names it.
+    """
+    timm_cfg, fpn_cfg = cfg.MODEL.TIMM, cfg.MODEL.FPN
+    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: timm backbones have no "
+            "common notion of a stem to freeze, set it to 0"
+        )
+    if timm_cfg.TOP_BLOCK not in _TOP_BLOCKS:
+        raise UserError(f"MODEL.TIMM.TOP_BLOCK {timm_cfg.TOP_BLOCK!r}: expected {_TOP_BLOCKS}")
+    if timm_cfg.PRETRAINED and cfg.INPUT.FORMAT != "RGB":
+        logger.warning("MODEL.TIMM.PRETRAINED: the weights expect INPUT.FORMAT RGB")
+    bottom_up = TimmBackbone(
+        timm_cfg.NAME, fpn_cfg.IN_FEATURES, input_shape.channels, timm_cfg.PRETRAINED, timm_cfg.NORM
+    )
+    kind = default_top_block if timm_cfg.TOP_BLOCK == "default" else timm_cfg.TOP_BLOCK
+    last = fpn_cfg.IN_FEATURES[-1]
+    top_channels = bottom_up.output_shape()[last].channels
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=fpn_cfg.IN_FEATURES,
+        out_channels=fpn_cfg.OUT_CHANNELS,
+        norm=pyramid_norm(fpn_cfg.NORM),
+        top_block=_top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS, p6p7),
+        fuse_type=fpn_cfg.FUSE_TYPE,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN for R-CNN: p2-p5 from MODEL.FPN.IN_FEATURES, and p6 by max-pooling."""
+    return timm_fpn(cfg, input_shape, "maxpool")
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """FPN for dense detectors: p3-p5 from MODEL.FPN.IN_FEATURES, and p6, p7 by convolutions."""
+    return timm_fpn(cfg, input_shape, "p6p7")

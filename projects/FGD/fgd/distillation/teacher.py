@@ -1,0 +1,116 @@
+"""The teacher: built from its own config and weights, frozen, and never part of the student."""
+
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import load_config, load_config_text, student_config
+from ..errors import UserError
+from ..weights import load_complete, read_weights
+from .taps import Sources, read_levels
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, on the student's device.
+
+    From MODEL.DISTILLER.TEACHER.CONFIG_FILE or, when that is empty, from the teacher's checkpoint.
+
+    Raises:
+        UserError: neither has one.
+    """
+    node = cfg.MODEL.DISTILLER.TEACHER
+    if node.CONFIG_FILE:
+        teacher = load_config(node.CONFIG_FILE)
+    else:
+        text = read_weights(node.WEIGHTS).get("config")
+        if not isinstance(text, str):
+            raise UserError(
+                f"teacher {node.WEIGHTS}: holds no config; set MODEL.DISTILLER.TEACHER.CONFIG_FILE"
+            )
+        teacher = load_config_text(text, f"config in {node.WEIGHTS}")
+    teacher = student_config(teacher)  # a teacher may itself have been distilled
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return teacher
+
+
+def build_teacher(cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
+    """The teacher's whole detector with its weights, and its config.
+
+    Raises:
+        UserError: weights are missing, do not fit or are not finite, unless
+            MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise.
+    """
+    node = cfg.MODEL.DISTILLER.TEACHER
+    config = teacher_config(cfg)
+    model = build_model(config)
+    load_complete(model, node.WEIGHTS, what="teacher", allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
+    return model, config
+
+
+class FrozenTeacher:
+    """A detector's backbone and neck in eval mode, without gradients.
+
+    Deliberately not an nn.Module: as a plain attribute of the distiller it is in no state_dict,
+    optimizer, DDP bucket or checkpoint, and ``.train()`` does not reach it.
+
+    Args:
+        model: the teacher's detector; only ``backbone``, ``pixel_mean`` and ``pixel_std`` are kept.
+        input_format: channel order that it expects, "BGR" or "RGB".
+        batch_format: channel order of the images that it will be given, the student's.
+        precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.
+        channels_last: compute in that memory order.
+        sources: what `features` takes, by the student's level; None = all outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_format: str,
+        batch_format: str,
+        precision: str = "float32",
+        channels_last: bool = False,
+        sources: Optional[Sources] = None,
+    ):
+        if sorted(input_format) != sorted(batch_format):
+            raise UserError(
+                f"teacher INPUT.FORMAT {input_format!r} cannot be made from the student's "
+                f"{batch_format!r}"
+            )
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = model.backbone.eval().requires_grad_(False).to(memory_format=self.layout)
+        self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
+        self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
+        self.flip_channels = input_format != batch_format
+        self.sources = sources
+
+    @torch.no_grad()
+    def features(
+        self, batched_inputs: List[dict], padded_size: Tuple[int, int]
+    ) -> Dict[str, Tensor]:
+        """Level → (N, C, H, W) for the student's augmented batch, with the teacher's normalisation.
+
+        Images are padded with zeros after normalising, as Detectron2 does, to the student's
+        padded (height, width), so that both pyramids lie on the same grid.
+
+        The maps have the dtype that the precision gives, and are contiguous whatever the layout
+        inside: what reads them beside the student's need not know it. An autocast around the call,
+        such as the trainer's, has no effect.
+        """
+        images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
+        dtype = self.autocast_dtype
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+            images = images.contiguous(memory_format=self.layout)
+            features = read_levels(self.backbone, images, self.sources)
+        return {name: feature.contiguous() for name, feature in features.items()}
+
+    def _normalize(self, image: Tensor, padded_size: Tuple[int, int]) -> Tensor:
+        image = image.to(self.pixel_mean.device)
+        image = (
+            (image.flip(0) if self.flip_channels else image) - self.pixel_mean
+        ) / self.pixel_std
+        bottom, right = (full - size for full, size in zip(padded_size, image.shape[-2:]))
+        return F.pad(image, (0, right, 0, bottom))

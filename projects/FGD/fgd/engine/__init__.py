@@ -1,0 +1,1 @@
+"""Training runs: loop, processes, checkpoints, exact resume, signals."""

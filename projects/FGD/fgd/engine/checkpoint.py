@@ -1,0 +1,258 @@
+"""Training checkpoints: files that stock Detectron2 loads as the plain student, written atomically.
+
+Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts only):
+    model         the student's state dict
+    distiller     state dict of the trained distillation modules; {} without distillation
+    config        yaml that builds the student;   full_config: yaml of the training run
+    classes       class names
+    teacher       {"weights": as the config names the file, "sha256"}; None without a teacher
+    iteration     index of the last finished iteration
+    trainer       optimizer, schedule, AMP scaler, data seed, the last values of what is logged, and
+                  "loss_normalizers" of each rank
+    rng           states of the random number generators, one entry per rank
+    checksum      "sha256": that of all bytes before it ends the file, as the zip archive's comment
+"""
+
+import logging
+import os
+import shutil
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from torch import nn
+
+from .. import compat
+from ..config import META_ARCHITECTURE, student_config
+from ..errors import UserError
+from ..files import atomic_write, save_sealed
+from ..weights import read_weights, weights_sha256
+from . import rng, run_folder
+from .config_change import check_changes
+from .run_folder import FORMAT
+from .together import on_main_process
+
+logger = logging.getLogger(__name__)
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The plain detector inside DDP and Distiller, or the model itself."""
+    model = compat.unwrap(model)
+    return getattr(model, "student", model)
+
+
+def describe_run(cfg: CfgNode) -> dict:
+    """The parts of a checkpoint that do not change during a run; they travel with the weights."""
+    classes: List[str] = []
+    if cfg.DATASETS.TRAIN:
+        classes = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))
+    return {
+        "format": FORMAT,
+        "checksum": "sha256",
+        "config": student_config(cfg).dump(),
+        "full_config": cfg.dump(),
+        "classes": classes,
+        "teacher": _describe_teacher(cfg),
+    }
+
+
+def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
+    """Which file taught, so that a deployed student can be traced back to it; None: no teacher."""
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+        return None
+    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
+    return {"weights": path, "sha256": weights_sha256(path)}
+
+
+class TrainingCheckpointer(DetectionCheckpointer):
+    """Saves and resumes a run; also a drop-in for Detectron2's checkpointer (its load is safe).
+
+    Args:
+        model: the trained model: plain or Distiller, in DDP or not.
+        save_dir: OUTPUT_DIR, a local folder.
+        header: constant entries of each file (`describe_run`).
+        trainer: has ``state_dict`` and ``load_state_dict``; without it only weights are saved.
+        keep: how many periodic checkpoints to keep; 0 = all.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str, *, header: dict, trainer=None, keep=0):
+        super().__init__(model, save_dir)
+        self.header, self.trainer, self.keep = header, trainer, keep
+        self.last_saved = -1  # iteration of the file written last
+        self.student = student_of(model)
+        self.distillation = getattr(compat.unwrap(model), "distillation", None)
+
+    def save(self, name: str, **extra) -> None:
+        """Write ``{name}.pth``, then point `last_checkpoint` at it. All ranks call it together.
+
+        Args:
+            extra: further entries of the file; "iteration" is one of them.
+        Raises:
+            UserError: on all ranks: it cannot be written. Earlier files and `last_checkpoint` are
+                as before, and nothing else is left behind.
+        """
+        ranks = comm.gather((rng.get_state(), loss_normalizers(self.student)))
+        on_main_process(lambda: self._write(name, ranks, extra))
+        self.last_saved = extra.get("iteration", -1)
+
+    def _write(self, name: str, ranks: list, extra: dict) -> None:
+        if not (self.save_dir and self.save_to_disk):
+            return
+        data = self._content(ranks, extra)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info(f"Saving checkpoint to {path}")
+        try:
+            atomic_write(path, lambda file: save_sealed(data, file))
+            self.tag_last_checkpoint(f"{name}.pth")
+            run_folder.delete_old_checkpoints(self.save_dir, f"{name}.pth", self.keep)
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.save_dir).free
+            raise UserError(
+                f"cannot write {path}: {' '.join(str(error).split())} (it needs "
+                f"{_tensor_bytes(data) / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). Earlier "
+                "checkpoints are intact; make room and continue with --resume"
+            ) from error
+
+    def save_diverged(self, iteration: int) -> str:
+        """Write the weights as they are, for a look at them; this rank alone, no collective.
+
+        Returns:
+            The file's path. It holds no training state: --resume passes it over.
+        Raises:
+            OSError, RuntimeError: it cannot be written.
+        """
+        path = os.path.join(self.save_dir, f"model_diverged_{iteration:07d}.pth")
+        data = {**self.header, **self._weights(), "iteration": iteration - 1}
+        atomic_write(path, lambda file: save_sealed(data, file))
+        return path
+
+    def _weights(self) -> dict:
+        distiller = self.distillation.state_dict() if self.distillation else {}
+        return {"model": self.student.state_dict(), "distiller": distiller}
+
+    def _content(self, ranks: list, extra: dict) -> dict:
+        data = {**self.header, **self._weights(), **extra}
+        data["rng"] = [state for state, _ in ranks]
+        if self.trainer is not None:
+            data["trainer"] = self.trainer.state_dict()
+            data["trainer"]["loss_normalizers"] = [normalizers for _, normalizers in ranks]
+        return data
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        run_folder.write_pointer(self.save_dir, last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the checkpoint that `resume_newest` would take; "" = there is none."""
+        found = run_folder.newest_checkpoint(self.save_dir)
+        return found[0] if found else ""
+
+    def _load_file(self, filename: str) -> dict:
+        return read_weights(filename)
+
+    def resume_newest(self, *, allow_changes: bool = False) -> Optional["Resumed"]:
+        """Continue from the newest checkpoint that is whole; None if the folder has none at all.
+
+        All ranks call it together and continue from the same one.
+
+        Raises:
+            UserError: there are some and none is whole, or as `resume`.
+        """
+        data = None
+
+        def choose() -> str:
+            nonlocal data
+            path, data = run_folder.newest_checkpoint(self.save_dir) or ("", None)
+            return path
+
+        path = on_main_process(choose)
+        if not path:
+            return None
+        return self.resume(path, data, allow_changes=allow_changes)
+
+    def resume(
+        self, path: str, data: Optional[dict] = None, *, allow_changes: bool = False
+    ) -> "Resumed":
+        """Restore model, distillation modules, trainer and random numbers from a file of `save`.
+
+        Args:
+            data: the file's content, if it has been read already.
+            allow_changes: go on although config, teacher, classes or the number of processes alter
+                the training.
+        Raises:
+            UserError: not such a file, damaged, it does not fit this config, or see
+                ``allow_changes``.
+        """
+        logger.info(f"Resuming from {path}")
+        data = data or run_folder.read_checkpoint(path)
+        changed = check_changes(
+            {**data, "processes": len(data["rng"])},
+            {**self.header, "processes": comm.get_world_size()},
+            allow=allow_changes,
+        )
+        try:
+            self.student.load_state_dict(data["model"])
+            if self.distillation:
+                self.distillation.load_state_dict(data["distiller"])
+            self.trainer.load_state_dict(data["trainer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"--resume: {path} does not fit this config ({' '.join(str(error).split())}); "
+                "continue with the config.yaml beside it"
+            ) from error
+        self._resume_rank(data)
+        return Resumed(path, data["iteration"], changed)
+
+    def _resume_rank(self, data: dict) -> None:
+        if len(data["rng"]) != comm.get_world_size():
+            return  # allowed, and said
+        rank = comm.get_rank()
+        rng.set_state(data["rng"][rank])
+        for name, value in data["trainer"]["loss_normalizers"][rank].items():
+            self.student.get_submodule(name).loss_normalizer = value
+
+
+class Resumed(NamedTuple):
+    """What a run was continued from."""
+
+    path: str
+    iteration: int  # the last finished one
+    changed: bool  # whether the training is altered from there on
+
+
+class SavePeriodically(hooks.PeriodicCheckpointer):
+    """Detectron2's hook; with ``ignore_errors`` only a failure at the end stops the training."""
+
+    def __init__(self, checkpointer: TrainingCheckpointer, period: int, *, ignore_errors: bool):
+        super().__init__(checkpointer, period)
+        self.ignore_errors = ignore_errors
+
+    def step(self, iteration: int, **kwargs) -> None:
+        try:
+            super().step(iteration, **kwargs)
+        except UserError as error:
+            if not self.ignore_errors or iteration >= self.max_iter - 1:
+                raise
+            logger.warning(f"SOLVER.IGNORE_SAVE_ERRORS: training goes on, UNSAVED. {error}")
+
+
+def _tensor_bytes(value) -> int:
+    """Bytes of all tensors in nested dicts and lists; nearly all of a checkpoint's size."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(item) for item in value.values())
+    return sum(map(_tensor_bytes, value)) if isinstance(value, list) else 0
+
+
+def loss_normalizers(model: nn.Module) -> dict:
+    """Running numbers of foreground anchors, by module name.
+
+    RetinaNet and FCOS divide their losses by this average and keep it as a plain attribute, which
+    no state dict has.
+    """
+    values = {name: getattr(x, "loss_normalizer", None) for name, x in model.named_modules()}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}

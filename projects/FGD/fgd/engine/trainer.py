@@ -1,0 +1,307 @@
+"""The training loop: Detectron2's, with exact resume, CPU processes and a stop on divergence."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from .. import compat
+from ..data.images import ImageMapper
+from ..data.stream import TrainStream, build_train_stream
+from ..errors import DivergedError, StoppedError
+from ..files import remove_stale_temporaries
+from ..visualize.hook import picture_hooks
+from ..weights import load_complete
+from . import rng, run_folder, solver
+from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
+from .history import ContinueMetrics, repair_metrics
+from .hooks import LogLevelTotals
+from .step import AMPStep, RunningStatistics, SimpleStep
+from .stop import WORKER_START, StopBeforeScoring, StopBetweenSteps, StoppableLoader, shield_worker
+from .together import on_main_process
+
+logger = logging.getLogger(__name__)
+
+
+class _NoTraceback(logging.Filter):
+    """Detectron2's loop logs a traceback for any exception; those with an exit code need none."""
+
+    def filter(self, record):
+        if record.exc_info and hasattr(record.exc_info[1], "exit_code"):
+            record.exc_info = None
+            record.msg, record.args = "Training stopped.", ()
+        return True
+
+
+class FGDTrainer(DefaultTrainer):
+    """Trains a plain detector or a Distiller; checkpoints hold the plain student.
+
+    The config's datasets must be registered. All ranks build it together.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # Not DefaultTrainer's constructor: its DDP wrapper needs CUDA and its checkpointer saves
+        # the model as it is.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        solver.check_solver(cfg)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
+        if comm.is_main_process():
+            remove_stale_temporaries(cfg.OUTPUT_DIR)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.stream = self.build_train_loader(cfg)
+        step = AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep
+        self._trainer = step(compat.wrap_ddp(model), self.stream, optimizer)
+        self._statistics = RunningStatistics(model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = TrainingCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            header=describe_run(cfg),
+            trainer=weakref.proxy(self),
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.resumed_from = ""
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+        logger.info(describe_distillation(model))
+
+    def resume_or_load(
+        self, resume: bool = True, *, allow_changes: bool = False, overwrite: bool = False
+    ) -> None:
+        """Continue the run in OUTPUT_DIR, or start one from MODEL.WEIGHTS ("" = from scratch).
+
+        Args:
+            allow_changes: continue although the config alters the training.
+            overwrite: delete another run's files in OUTPUT_DIR and start anew.
+        Raises:
+            UserError: see `TrainingCheckpointer.resume_newest`; OUTPUT_DIR holds another run; or
+                MODEL.WEIGHTS has nothing for the student.
+        """
+        fresh = [dict(group, params=None) for group in self.optimizer.param_groups]
+        base_lrs = list(self.scheduler.base_lrs)
+        resumed = self.checkpointer.resume_newest(allow_changes=allow_changes) if resume else None
+        if resumed:
+            self.start_iter = self.stream.start = self.iter + 1
+            self.resumed_from = resumed.path
+            if resumed.changed:
+                self._adopt_solver(fresh, base_lrs)
+        else:
+            self._start_anew(resume, overwrite)
+        self._repair_metrics()
+
+    def _start_anew(self, resume: bool, overwrite: bool) -> None:
+        folder = self.cfg.OUTPUT_DIR
+        if resume:
+            logger.info(f"--resume: {folder} has no checkpoint yet, starting anew")
+        elif overwrite:
+            on_main_process(lambda: run_folder.delete_run(folder))
+        on_main_process(lambda: run_folder.check_unused(folder))
+        load_student_weights(self.model, self.cfg.MODEL.WEIGHTS)
+        if hasattr(compat.unwrap(self.model), "inherit_from_teacher"):
+            compat.unwrap(self.model).inherit_from_teacher()
+
+    def _adopt_solver(self, groups: list, base_lrs: list) -> None:
+        """Learning rate, decay and momentum of the config instead of the checkpoint's."""
+        self.scheduler.base_lrs = base_lrs
+        rates = self.scheduler.get_lr()
+        for group, fresh, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
+            group.update(fresh, params=group["params"], lr=rate)
+
+    def _repair_metrics(self) -> None:
+        path, last = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter - 1
+        written = on_main_process(lambda: repair_metrics(path, last))
+        self._continue_metrics.written = written
+
+    def train(self):
+        """Train to the end.
+
+        Raises:
+            StoppedError: a signal asked for it; the state is saved. All ranks raise it.
+            DivergedError: see `run_step`.
+        """
+        self._finished = self.start_iter  # iterations
+        try:
+            # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, with
+            # other rounding, so a new process would not continue bit by bit. Without a seed speed
+            # goes first.
+            with torch.jit.optimized_execution(self.cfg.SEED < 0):
+                return self._finish() if self.is_complete else super().train()
+        except StoppedError as stopped:
+            raise StoppedError(f"{stopped} {self._save_stopped()}") from None
+
+    def _finish(self) -> None:
+        """Do what follows the last step and a kill has prevented: evaluate and write metrics."""
+        with EventStorage(self.start_iter) as self.storage:
+            self.iter = self.start_iter
+            self.before_train()
+            self.after_train()
+
+    def _save_stopped(self) -> str:
+        """Save what no periodic checkpoint has; says at which iteration and where it is."""
+        done = self._finished
+        where = f"at iteration {done} of {self.max_iter}"
+        if done == self.start_iter:
+            return f"{where}, before a step was done"
+        if self.checkpointer.last_saved != done - 1:
+            self.checkpointer.save(f"model_{done - 1:07d}", iteration=done - 1)
+        comm.synchronize()  # a rank that left now would be taken for a failure while another saves
+        return f"{where}, all saved in {self.cfg.OUTPUT_DIR}"
+
+    @property
+    def stop_signal(self) -> str:
+        """The signal that some rank had received by this step's loss; "" if there was none."""
+        return self._trainer.stop_signal
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the resumed run has nothing left to do."""
+        return self.start_iter >= self.max_iter
+
+    @property
+    def last_results(self) -> dict:
+        """Metrics of the last evaluation; {} before the first, or without DATASETS.TEST."""
+        return getattr(self, "_last_eval_results", {})
+
+    def run_step(self) -> None:
+        """One step, or, with a loss that is NaN or infinite on any rank, none on all ranks.
+
+        Raises:
+            DivergedError: with losses and images; the weights of before are in a file it names.
+        """
+        self._statistics.keep()
+        try:
+            super().run_step()
+        except FloatingPointError as error:  # also Detectron2's own, e.g. from the RPN
+            self._statistics.restore()
+            raise DivergedError(
+                f"iteration {self.iter}: {' '.join(str(error).split())}. "
+                f"{self._save_diverged(together=isinstance(error, DivergedError))}Usual causes: "
+                "SOLVER.BASE_LR too high, too short a warm-up, too large distillation weights, or "
+                "no pretrained MODEL.WEIGHTS"
+            ) from error
+        self._finished = self.iter + 1
+
+    def _save_diverged(self, *, together: bool) -> str:
+        """Write the weights of before the step; a sentence on where, "" on ranks that need not.
+
+        Args:
+            together: all ranks are here; otherwise this one alone knows, and the others wait for
+                it in some collective.
+        """
+        text = ""
+        if comm.is_main_process() or not together:
+            try:
+                text = f"Weights before this step: {self.checkpointer.save_diverged(self.iter)}. "
+            except (OSError, RuntimeError) as error:  # a full disk must not hide the divergence
+                text = f"The weights could not be saved ({error}). "
+        if together:
+            comm.synchronize()
+        return text
+
+    def build_hooks(self) -> list:
+        # Before the writers.
+        ret = [LogLevelTotals(), *picture_hooks(self.cfg), *super().build_hooks()]
+        # Ours on every rank, in the main process's place: saving gathers what each rank has.
+        ret = [x for x in ret if not isinstance(x, hooks.PeriodicCheckpointer)]
+        saving = SavePeriodically(
+            self.checkpointer,
+            self.cfg.SOLVER.CHECKPOINT_PERIOD,
+            ignore_errors=self.cfg.SOLVER.IGNORE_SAVE_ERRORS,
+        )
+        before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))
+        ret[before_eval:before_eval] = [saving, StopBetweenSteps()]
+        self._continue_metrics = ContinueMetrics()
+        return [*ret, self._continue_metrics]
+
+    def state_dict(self) -> dict:
+        # Iteration and hooks, one of which has the schedule. v0.6 saves no more than that.
+        ret = TrainerBase.state_dict(self)
+        ret["optimizer"] = self.optimizer.state_dict()
+        if hasattr(self._trainer, "grad_scaler"):
+            ret["grad_scaler"] = self._trainer.grad_scaler.state_dict()
+        ret["data_seed"] = self.stream.seed
+        return ret
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if hasattr(self._trainer, "grad_scaler") and "grad_scaler" in state_dict:
+            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.stream.seed = state_dict["data_seed"]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return solver.build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainStream:
+        return build_train_stream(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
+        mapper = ImageMapper(cfg, False)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader.worker_init_fn = shield_worker
+        if loader.num_workers:
+            loader.multiprocessing_context = WORKER_START
+        return StoppableLoader(loader)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+        """COCO's evaluator, or Pascal VOC's for sets registered as such."""
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
+            evaluator = PascalVOCDetectionEvaluator(dataset_name)
+        else:
+            evaluator = COCOEvaluator(
+                dataset_name,
+                output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+                use_fast_impl=compat.has_fast_coco_eval(),
+            )
+        return DatasetEvaluators([StopBeforeScoring(), evaluator])
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        # Evaluation draws random numbers (its loader does); a run resumed after it does not.
+        with rng.preserved():
+            return super().test(cfg, model, evaluators)
+
+
+def load_student_weights(model: nn.Module, path: str) -> None:
+    """Start the student from ``path``, typically a backbone's; "" leaves its own initialisation.
+
+    Raises:
+        UserError: the file is unusable or not one tensor of it fits the student.
+    """
+    if not path:
+        logger.info('MODEL.WEIGHTS is "": the student starts from its random initialisation')
+        return
+    report = load_complete(student_of(model), path, what="student", allow_partial=True)
+    logger.info(f"Student starts from {path}: {report.summary()}")
+
+
+def describe_distillation(model: nn.Module) -> str:
+    """One line for the log: is distillation on, and with what."""
+    model = compat.unwrap(model)
+    if hasattr(model, "describe"):
+        return model.describe()
+    return f"Distillation is OFF: plain {type(model).__name__}"
