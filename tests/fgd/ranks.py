@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from fgd.config import load_config
 from fgd.data.datasets import register_from_config
+from fgd.data.stream import build_train_stream
 from fgd.distillation.features import Level
 from fgd.distillation.methods import FGD
 from fgd.engine import stop
@@ -102,6 +103,17 @@ def hang_on_rank_1() -> int:
 
 def never_ready():
     time.sleep(600)
+
+
+def hang_in_a_worker_of_rank_1(config_file: str) -> int:
+    """An image of rank 1 is never read, while rank 0 waits for rank 1."""
+    cfg = register_from_config(load_config(config_file, ["DATALOADER.NUM_WORKERS", 1]))
+    stream = build_train_stream(cfg)
+    if comm.get_rank() == 1:
+        stream.mapper = lambda record: never_ready()
+    next(iter(stream))
+    comm.synchronize()
+    return 0
 
 
 class Distilled(torch.nn.Module):

@@ -23,7 +23,7 @@ from fgd.engine.launch import (
 from fgd.errors import UserError
 
 from . import ranks
-from .test_stop import is_running, wait_until
+from .test_workers import is_running, wait_until
 from .training import distilled, training_cfg
 
 
@@ -99,6 +99,19 @@ def test_a_killed_or_hung_process_ends_the_job(capfd):
         launch(ranks.hang_on_rank_1, device="cpu", processes=2, dist_url=url, timeout=2)
     assert error.value.exit_code == 1 and not multiprocessing.active_children()
     assert "in never_ready" in capfd.readouterr().err
+
+
+def test_a_worker_that_hangs_on_one_rank_ends_the_job(tmp_path):
+    cfg = training_cfg(tmp_path, opts=("DATALOADER.TIMEOUT", 1.0))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    arguments = (str(tmp_path / "config.yaml"),)
+    with pytest.raises(
+        WorkerError, match=r"^the DataLoader's workers have not read .*\.png"
+    ) as error:
+        launch(ranks.hang_in_a_worker_of_rank_1, arguments, device="cpu", processes=2)
+    assert error.value.exit_code == 2 and "rank 1:" in error.value.details
+    assert not multiprocessing.active_children()
 
 
 def ignore_sigterm(seconds):

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine.train_loop import HookBase
-from torch.utils.data import DataLoader
 
-from fgd.engine import checkpoint, stop
+from fgd.engine import checkpoint, evaluation, stop
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import StoppedError
 
@@ -129,7 +128,7 @@ def test_signal_during_an_evaluation(iteration, uninterrupted, tmp_path, monkeyp
     seen = []
 
     def after_building():
-        images = stop.StoppableLoader.__iter__
+        images = evaluation.StoppableLoader.__iter__
 
         def counted(loader):
             for batch in images(loader):
@@ -138,7 +137,7 @@ def test_signal_during_an_evaluation(iteration, uninterrupted, tmp_path, monkeyp
                     send("SIGTERM")
                 yield batch
 
-        monkeypatch.setattr(stop.StoppableLoader, "__iter__", counted)
+        monkeypatch.setattr(evaluation.StoppableLoader, "__iter__", counted)
 
     with pytest.raises(StoppedError) as stopped:
         run(cfg, after_building=after_building)
@@ -183,52 +182,6 @@ def test_workers_finish_their_batches(uninterrupted, tmp_path):
     for worker in workers:
         worker.join(timeout=10)
         assert worker.exitcode == 0, "ended by its loader, not by a signal"
-
-
-class Hanging(torch.utils.data.Dataset):
-    """Puts its worker's process id into a pipe and never gives an image."""
-
-    def __init__(self, pipe):
-        self.pipe = pipe
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        self.pipe.put(os.getpid())
-        time.sleep(600)
-
-
-def load_for_ever(pipe):
-    list(DataLoader(Hanging(pipe), num_workers=2, worker_init_fn=stop.shield_worker))
-
-
-def is_running(pid):
-    """Not gone, and not a zombie whose new parent has not looked yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def test_workers_of_a_killed_process_die_with_it():
-    pipe = fork.SimpleQueue()
-    process = fork.Process(target=load_for_ever, args=(pipe,))
-    process.start()
-    workers = [pipe.get(), pipe.get()]
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # not from their parent
-        send(name, workers[0])
-    time.sleep(0.2)
-    assert all(map(is_running, workers))
-    process.kill()
-    assert wait_until(lambda: not any(map(is_running, workers)))
 
 
 def interrupt_twice(marker):

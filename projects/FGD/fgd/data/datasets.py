@@ -54,6 +54,9 @@ def add_data_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.BAD_IMAGES = "error"
     # How many different images each process may skip; one more is an error.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
+    # Seconds that workers (DATALOADER.NUM_WORKERS > 0) may take to give a batch that is waited
+    # for; then the run ends and names its images. 0 = wait for ever.
+    cfg.DATALOADER.TIMEOUT = 300.0
 
     # The generated set that "shapes_train" / "shapes_test" in DATASETS.TRAIN / TEST stand for.
     # Meaning, unit and range of each setting: fgd.data.drawing.ShapesSettings.

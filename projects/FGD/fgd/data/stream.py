@@ -8,7 +8,8 @@ augmented from its own seed. The stream is bit-equal for any number of workers.
 
 import itertools
 import logging
-from typing import Callable, Iterable, Iterator, List, Sequence, Tuple
+from collections import deque
+from typing import Callable, Deque, Iterable, Iterator, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
@@ -19,9 +20,9 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
 from ..engine import rng
-from ..engine.stop import WORKER_START, ended_with_its_workers, shield_worker
 from ..errors import UserError
 from .images import BadImage, ImageMapper
+from .workers import check_timeout, supervise, supervised_batches
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class TrainStream:
     """Iterate to get this rank's batches, lists of Detectron2's training dicts, without end.
 
     Set ``start``, the training iteration that gets the first batch, or ``seed`` before a batch is
-    drawn. Iterating raises BadImage when more than ``most_bad`` different images are bad.
+    drawn. Iterating raises BadImage when more than ``most_bad`` different images are bad, and
+    UserError when workers need more than ``timeout`` seconds (0: any time) for a batch.
     """
 
     def __init__(
@@ -98,9 +100,11 @@ class TrainStream:
         group_by_aspect_ratio: bool = True,
         num_workers: int = 0,
         most_bad: int = 0,
+        timeout: float = 0,
     ):
         self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.timeout = check_timeout(timeout)
         self.groups = [0] * len(dicts)
         if group_by_aspect_ratio:
             self.groups = [0 if x["width"] > x["height"] else 1 for x in dicts]
@@ -112,22 +116,28 @@ class TrainStream:
     def __iter__(self) -> Iterator[List[dict]]:
         # A generator: nothing below runs before the first batch is asked for, so a trainer that
         # makes its iterator early (v0.6) can still be resumed.
-        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
+        ahead: Deque[List[SampleKey]] = deque()  # batches that the loader was told to read
         loader = DataLoader(
             # In one block of memory, which workers share.
             self._samples(DatasetFromList(self.dicts, copy=False)),
-            batch_sampler=itertools.islice(batches, self.start, None),
+            batch_sampler=self._planned(ahead),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             # Without one of its own, the loader draws from the global generator.
             generator=Generator(),
-            worker_init_fn=shield_worker,
-            multiprocessing_context=WORKER_START if self.num_workers else None,
         )
-        for batch in ended_with_its_workers(loader):
+        names = lambda: ", ".join(describe_image(self.dicts[i]) for i, _ in ahead[0])  # noqa: E731
+        for batch in supervised_batches(supervise(loader, self.timeout), names):
+            ahead.popleft()
             for sample in batch:
                 self._count(sample.pop("skipped", ()))
             self.last_images = [describe_image(sample) for sample in batch]
+            yield batch
+
+    def _planned(self, ahead: Deque[List[SampleKey]]) -> Iterator[List[SampleKey]]:
+        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
+        for batch in itertools.islice(batches, self.start, None):
+            ahead.append(batch)
             yield batch
 
     def _samples(self, dicts: Sequence[dict]) -> _SeededSamples:
@@ -162,8 +172,8 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
     SEED < 0 gives a random stream, the same in all processes.
 
     Raises:
-        UserError: unknown sampler or BAD_IMAGES, or IMS_PER_BATCH is not a multiple of the number
-            of processes.
+        UserError: unknown sampler or BAD_IMAGES, TIMEOUT below 0, or IMS_PER_BATCH is not a
+            multiple of the number of processes.
     """
     batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     if rest or batch_size == 0:
@@ -187,6 +197,7 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         most_bad=_most_bad(cfg),
+        timeout=cfg.DATALOADER.TIMEOUT,
     )
 
 

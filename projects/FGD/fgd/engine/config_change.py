@@ -26,6 +26,7 @@ HARMLESS = (
     # A run that had no bad image, or stops at one, is the same under any of these.
     "DATALOADER.BAD_IMAGES",
     "DATALOADER.MAX_BAD_IMAGES",
+    "DATALOADER.TIMEOUT",
     "MODEL.DISTILLER.PICTURE_PERIOD",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.KEEP_CHECKPOINTS",

@@ -11,10 +11,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, List
 
 from detectron2.engine.train_loop import HookBase
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
-from torch.utils.data import DataLoader
 
 from ..errors import StoppedError
 
@@ -87,42 +84,6 @@ def at_once(act: Callable[[], None]) -> Iterator[None]:
         _last_acts.remove(act)
 
 
-# How DataLoader workers are started, whatever Python's default is. Those of a "forkserver" (the
-# default from 3.14) have it for a parent, and both outlive a trainer that was killed.
-WORKER_START = "fork"
-
-
-def shield_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of a DataLoader: only the process that it loads for can end a worker.
-
-    Ctrl-C and schedulers signal workers too, and the step that is to be finished needs their
-    batch. When that process dies, however it does, the kernel kills the worker.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def ended_with_its_workers(loader: DataLoader) -> Iterator:
-    """The batches of a loader; when they end, by an error too, its workers end at once.
-
-    By itself an error keeps the loader's iterator alive in its traceback. As cyclic garbage that
-    fails to reach its workers and waits 5 s for each of them.
-    """
-    batches = iter(loader)
-    try:
-        yield from batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()
-
-
 class StopBetweenSteps(HookBase):
     """Ends training on all processes after the step in which one was asked to stop.
 
@@ -143,34 +104,3 @@ class StopBetweenSteps(HookBase):
     def _stop(self, name: str) -> None:
         if name:
             raise StoppedError(f"stopped by {name}")
-
-
-class StoppableLoader:
-    """A loader whose iteration ends early when this process is asked to stop."""
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        for batch in ended_with_its_workers(self.loader):
-            if requested():
-                return
-            yield batch
-
-
-class StopBeforeScoring(DatasetEvaluator):
-    """First of a set's evaluators: after the images, before any score, all processes agree.
-
-    Their shares of the images differ, so an earlier agreement would have to wait for the slowest.
-
-    Raises:
-        StoppedError: from ``evaluate``, on all processes, if one of them is asked to stop.
-    """
-
-    def evaluate(self) -> None:
-        name = agreed()
-        if name:
-            raise StoppedError(f"stopped by {name} during an evaluation")

@@ -6,31 +6,27 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
-    COCOEvaluator,
     DatasetEvaluators,
-    PascalVOCDetectionEvaluator,
 )
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from .. import compat
-from ..data.images import ImageMapper
 from ..data.stream import TrainStream, build_train_stream
 from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
 from ..visualize.hook import picture_hooks
 from ..weights import load_complete
-from . import rng, run_folder, solver
+from . import evaluation, rng, run_folder, solver
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
 from .step import AMPStep, RunningStatistics, SimpleStep
-from .stop import WORKER_START, StopBeforeScoring, StopBetweenSteps, StoppableLoader, shield_worker
+from .stop import StopBetweenSteps
 from .together import on_main_process
 
 logger = logging.getLogger(__name__)
@@ -258,26 +254,12 @@ class FGDTrainer(DefaultTrainer):
         return build_train_stream(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> StoppableLoader:
-        mapper = ImageMapper(cfg, False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        loader.worker_init_fn = shield_worker
-        if loader.num_workers:
-            loader.multiprocessing_context = WORKER_START
-        return StoppableLoader(loader)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> evaluation.StoppableLoader:
+        return evaluation.build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
-        """COCO's evaluator, or Pascal VOC's for sets registered as such."""
-        if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
-            evaluator = PascalVOCDetectionEvaluator(dataset_name)
-        else:
-            evaluator = COCOEvaluator(
-                dataset_name,
-                output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-                use_fast_impl=compat.has_fast_coco_eval(),
-            )
-        return DatasetEvaluators([StopBeforeScoring(), evaluator])
+        return evaluation.build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
