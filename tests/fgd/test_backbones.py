@@ -153,6 +153,32 @@ def test_sync_batch_norm_replaces_every_batch_norm():
     assert kinds and all(issubclass(k, nn.SyncBatchNorm) for k in kinds)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "lcnet_035", "resnet10t"])
+def test_group_norm_makes_an_image_independent_of_its_batch(name):
+    torch.manual_seed(0)
+    batch_normed = TimmBackbone(name, STAGES).train()
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, STAGES, norm="GN").train()
+    dark, bright = torch.rand(1, 3, 64, 96), 50 + torch.rand(1, 3, 64, 96)
+    both, alone = backbone(torch.cat([dark, bright])), backbone(dark)
+    for level in STAGES:
+        torch.testing.assert_close(both[level][:1], alone[level], rtol=1e-4, atol=1e-5)
+        assert alone[level].std() > 0.01, "vacuous"
+    theirs = batch_normed(torch.cat([dark, bright]))["res3"][:1]
+    assert (theirs - batch_normed(dark)["res3"]).abs().max() > 0.1
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+    count = lambda model, kind: [type(m) for m in model.modules()].count(kind)  # noqa: E731
+    for kind in (nn.ReLU, nn.Hardswish, nn.Conv2d):
+        assert count(backbone, kind) == count(batch_normed, kind)
+
+
+def test_group_norms_keep_what_batch_norms_started_with():
+    """resnet's residual branches begin at 0."""
+    backbone = TimmBackbone("resnet10t", STAGES, norm="GN")
+    assert backbone.body.layer1[0].bn2.weight.abs().max() == 0
+    assert backbone.body.layer1[0].bn1.weight.min() == 1
+
+
 def fake_download(name, pretrained=False, **options):
     return timm.models.create_model(name, pretrained=False, **options)
 
@@ -175,7 +201,8 @@ def test_frozen_batch_norm_keeps_activations_and_ignores_the_batch(monkeypatch):
     [
         ({"NAME": "mobilenetv3_tiny"}, "'mobilenetv3_tiny' is not a timm model (similar: mobile"),
         ({"NAME": "vit_tiny_patch16_224"}, "'vit_tiny_patch16_224' has features of strides"),
-        ({"NORM": "GN"}, "MODEL.TIMM.NORM 'GN'"),
+        ({"NORM": "LN"}, "MODEL.TIMM.NORM 'LN': expected one of BN, SyncBN, FrozenBN, GN"),
+        ({"NORM": "GN", "PRETRAINED": True}, "GN needs MODEL.TIMM.PRETRAINED False"),
         ({"NORM": "FrozenBN"}, "FrozenBN needs MODEL.TIMM.PRETRAINED True"),
         ({"TOP_BLOCK": "p6"}, "MODEL.TIMM.TOP_BLOCK 'p6'"),
         ({"features": ["res1", "res2"]}, "MODEL.FPN.IN_FEATURES ['res1', 'res2']"),

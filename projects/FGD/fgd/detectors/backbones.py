@@ -26,7 +26,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _STAGES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # Detectron2's names and their strides
-_NORMS = ("BN", "SyncBN", "FrozenBN")
+_NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 _TOP_BLOCKS = ("default", "none", "maxpool", "p6p7")
 
 
@@ -38,8 +38,9 @@ def add_timm_config(cfg: CfgNode) -> None:
     # Download timm's ImageNet weights. Off: the commands work without a network, and arms that are
     # compared start alike. The weights expect RGB input and their own MODEL.PIXEL_MEAN / _STD.
     node.PRETRAINED = False
-    # "BN", "SyncBN" (several GPUs with few images each) or "FrozenBN" (only with PRETRAINED).
-    # MODEL.FPN.NORM is the pyramid's own.
+    # "BN", "SyncBN" (several GPUs with few images each), "FrozenBN" (only with PRETRAINED) or "GN"
+    # (from scratch with few images per batch, above all when images differ in kind: batch norm's
+    # averages then fit none of them). MODEL.FPN.NORM is the pyramid's own.
     node.NORM = "BN"
     # Levels above the last of MODEL.FPN.IN_FEATURES: "maxpool" (p6), "p6p7" (two convolutions),
     # "none" (small images need neither), "default" = maxpool, or p6p7 in the RetinaNet builder.
@@ -58,7 +59,7 @@ class TimmBackbone(Backbone):
         """
         Args:
             out_features: ascending subset of res2, res3, res4, res5 (strides 4, 8, 16, 32).
-            norm: BN, SyncBN or FrozenBN.
+            norm: BN, SyncBN, FrozenBN or GN.
         Raises:
             UserError: unknown timm name or stage, no feature of a stride, failed download.
         """
@@ -69,11 +70,7 @@ class TimmBackbone(Backbone):
                 f"MODEL.FPN.IN_FEATURES {list(out_features)}: expected an ascending subset of "
                 f"{list(_STAGES)}"
             )
-        if norm not in _NORMS or (norm == "FrozenBN" and not pretrained):
-            raise UserError(
-                f"MODEL.TIMM.NORM {norm!r}: expected one of {', '.join(_NORMS)}; FrozenBN needs "
-                "MODEL.TIMM.PRETRAINED True, since frozen statistics of random weights mean nothing"
-            )
+        _check_norm(norm, pretrained)
         indices = _stage_indices(name, out_features)
         body = _create(name, pretrained, in_chans=in_channels, out_indices=indices)
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
@@ -83,6 +80,8 @@ class TimmBackbone(Backbone):
             body = convert_sync_batchnorm(body)
         elif norm == "FrozenBN":
             body = freeze_batch_norm_2d(body)
+        elif norm == "GN":
+            _to_group_norms(body)
         self.body = body
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(out_features, channels, strict=True))
@@ -97,6 +96,36 @@ class TimmBackbone(Backbone):
         if self._channels_last:
             features = [f.permute(0, 3, 1, 2).contiguous() for f in features]
         return dict(zip(self._out_features, features, strict=True))
+
+
+def _check_norm(norm: str, pretrained: bool) -> None:
+    if norm not in _NORMS:
+        raise UserError(f"MODEL.TIMM.NORM {norm!r}: expected one of {', '.join(_NORMS)}")
+    if norm == "FrozenBN" and not pretrained:
+        raise UserError(
+            "MODEL.TIMM.NORM FrozenBN needs MODEL.TIMM.PRETRAINED True, since frozen statistics of "
+            "random weights mean nothing"
+        )
+    if norm == "GN" and pretrained:
+        raise UserError(
+            "MODEL.TIMM.NORM GN needs MODEL.TIMM.PRETRAINED False: the weights were trained with "
+            "batch norms"
+        )
+
+
+def _to_group_norms(module: nn.Module) -> None:
+    """Replace every batch norm inside, in place; scales and shifts keep their first values.
+
+    Activation and dropout of timm's BatchNormAct2d follow the new norm.
+    """
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            _to_group_norms(child)
+            continue
+        norm = group_norm(child.num_features)
+        norm.load_state_dict({"weight": child.weight, "bias": child.bias})
+        rest = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+        setattr(module, name, nn.Sequential(norm, *rest) if rest else norm)
 
 
 def _create(name: str, pretrained: bool, **options) -> nn.Module:
@@ -133,7 +162,7 @@ def _stage_indices(name: str, out_features) -> tuple[int, ...]:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Detectron2's "GN" (32 groups) from 64 channels on, for fewer as many groups as two each make.
+    """Detectron2's "GN" (32 groups); where they do not divide the channels in twos, fewer.
 
     One value per group would always be normalised to 0, as on a map of one cell. An odd number of
     channels is one group; v0.6's FCOS tries a norm on one channel.
