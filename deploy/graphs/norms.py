@@ -9,6 +9,10 @@ class NamedGroupNorm(nn.Module):
 
     In the shape in which they are multiplied and added. The exporter would compute it from (C,) and
     store the result as a nameless constant, which nobody can account for.
+
+    Each group's mean is subtracted first, summed row by row. ONNX Runtime's InstanceNormalization
+    sums in one go and subtracts after scaling; where an image is flat, that rounding error is all
+    that is left, and is scaled up by as much as 1/sqrt(eps).
     """
 
     def __init__(self, norm: nn.GroupNorm):
@@ -19,6 +23,9 @@ class NamedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        rows = grouped.mean(dim=4, keepdim=True)
+        x = (grouped - rows.mean(dim=(2, 3), keepdim=True)).flatten(1, 2)
         return F.group_norm(x, self.num_groups, eps=self.eps) * self.weight + self.bias
 
 

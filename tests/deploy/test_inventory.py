@@ -6,7 +6,7 @@ from onnx import numpy_helper
 
 from deploy.checks.inventory import take_inventory
 from deploy.graphs import exportable
-from tests.deploy.conftest import ARCHITECTURES
+from tests.deploy.conftest import ARCHITECTURES, make_cfg
 
 COUNTED = ("kept", "folded", "redundant", "unused")
 
@@ -33,10 +33,24 @@ def test_the_file_holds_the_student_and_nothing_else(arch, exported):
     assert found.foreign_names == []
 
 
-@pytest.mark.parametrize("name", ["FCOS", "RepPoints"])
-def test_group_norms_and_box_factors_keep_their_names(name, tiny):
+@pytest.fixture
+def normed(tiny, export_tiny):
+    """Name of a detector with group norms -> Exported."""
+
+    def get(name):
+        if name != "timm":
+            return tiny(name)
+        cfg = make_cfg("RetinaNet")
+        cfg.MODEL.TIMM.NORM = cfg.MODEL.FPN.NORM = "GN"
+        return export_tiny(cfg)
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["FCOS", "RepPoints", "timm"])
+def test_group_norms_and_box_factors_keep_their_names(name, normed):
     """The exporter computes constants from weights where it can, and gives them numbers."""
-    made = tiny(name)
+    made = normed(name)
     found = take_inventory(exportable(made.model).student, onnx.load(made.path))
     norms = [m for m in made.model.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert norms and all(norm.weight.std() > 0.1 for norm in norms)
