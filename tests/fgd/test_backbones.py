@@ -50,6 +50,24 @@ def test_stages_above_the_last_one_are_not_built():
     assert "layer4" not in names and "layer3" in names
 
 
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", "lcnet_035", "efficientnet_lite0", "mobilenetv4_conv_small"]
+)
+@pytest.mark.parametrize("stages", [STAGES[:1], STAGES[1:3], STAGES])
+def test_every_parameter_is_trained_whatever_the_stages(name, stages):
+    """A parameter without gradient stops training on several GPUs."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, stages).eval()
+    torch.manual_seed(0)
+    whole = TimmBackbone(name, STAGES).eval()(torch.ones(1, 3, 64, 64))
+    features = backbone(torch.ones(1, 3, 64, 64))
+    assert list(features) == stages
+    for stage, feature in features.items():
+        torch.testing.assert_close(feature, whole[stage], rtol=0, atol=0)
+    sum(feature.sum() for feature in features.values()).backward()
+    assert [k for k, p in backbone.named_parameters() if p.grad is None] == []
+
+
 def test_the_last_of_several_features_of_one_stride_counts(monkeypatch):
     info = SimpleNamespace(reduction=lambda: [2, 4, 4, 8, 16, 16, 16, 32])
     monkeypatch.setattr(backbones, "_create", lambda *_, **__: SimpleNamespace(feature_info=info))

@@ -9,6 +9,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import nn
 
 from ..errors import UserError
@@ -73,6 +75,7 @@ class TimmBackbone(Backbone):
         _check_norm(norm, pretrained)
         indices = _stage_indices(name, out_features)
         body = _create(name, pretrained, in_chans=in_channels, out_indices=indices)
+        _drop_unread_stages(body)
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
         channels = body.feature_info.channels()
         # timm's own converters: Detectron2's would drop the activation inside BatchNormAct2d.
@@ -96,6 +99,13 @@ class TimmBackbone(Backbone):
         if self._channels_last:
             features = [f.permute(0, 3, 1, 2).contiguous() for f in features]
         return dict(zip(self._out_features, features, strict=True))
+
+
+def _drop_unread_stages(body: nn.Module) -> None:
+    """What timm does itself in all but these two: they would run, and train nothing."""
+    if isinstance(body, (EfficientNetFeatures, MobileNetV3Features)):
+        last = max(info["stage"] for info in body.feature_info.get_dicts())
+        body.blocks = body.blocks[:last]
 
 
 def _check_norm(norm: str, pretrained: bool) -> None:
