@@ -1,13 +1,10 @@
 """Command: distillation checkpoint -> verified ONNX file of the student alone, with a report."""
 
-import argparse
 import hashlib
 import os
 import time
 import warnings
 from collections import Counter
-from importlib.metadata import version
-from operator import attrgetter
 from pathlib import Path
 from typing import Dict, Optional, Sequence, Tuple
 
@@ -19,30 +16,20 @@ from deploy.checks.verification import verify
 from deploy.checks.verify_images import read_images
 from deploy.checks.verify_report import VerifyReport
 from deploy.errors import ParityError, UserError, run_main
+from deploy.export_options import build_parser
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
-from deploy.graphs.convert import OPSET, to_onnx
+from deploy.graphs.contract import make_spec
+from deploy.graphs.convert import to_onnx
 from deploy.graphs.trt_build import build_text, describe_build
-from deploy.load import Student, load_student
+from deploy.load import load_student
 from deploy.reduced.precision import FILES as REDUCED_FILES
-from deploy.reduced.precision import PRECISIONS, Reduction, add_precision, require_all_passed
-from deploy.reduced.quantize import RECIPES
+from deploy.reduced.precision import Reduction, add_precision, require_all_passed
 from deploy.spec import ModelSpec
 from deploy.trt_lint import notes
 
-_EXAMPLES = """examples:
-  python deploy/export.py output/model_final.pth
-  python deploy/export.py model_final.pth --size 480 640 --dynamic none --images photos/
-  python deploy/export.py model_final.pth --precision int8 --calibration photos/ --dataset test.json
-  python deploy/export.py model_final.pth --target tensorrt --size 800 1344
-
-Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its contract), report.json.
-Exit codes: 0 verified; 2 something about the command, config or checkpoint; 4 the graph could not
-be shown to equal the model (it is then kept as model.failed.onnx, for inspection only).
-"""
 _GRAPH_FILES = ("model.onnx", "model.json", "model.failed.onnx", *REDUCED_FILES)
-_PACKAGES = ("fgd", "detectron2", "torch", "onnx", "onnxscript")
 
 
 def export(
@@ -119,66 +106,6 @@ def export(
     return report
 
 
-def make_spec(
-    student: Student,
-    detector: ExportableDetector,
-    size: Optional[Tuple[int, int]] = None,
-    dynamic: str = "batch",
-    input_dtype: str = "float32",
-    target: str = "onnx",
-) -> ModelSpec:
-    """The contract of the file to be.
-
-    Raises:
-        UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
-            from the config, or was given although sizes are dynamic; or those are for TensorRT.
-    """
-    inputs, step = student.cfg.INPUT, detector.size_divisibility
-    if dynamic == "image" and target == "tensorrt":
-        raise UserError(
-            "--target tensorrt needs a fixed canvas, or the number of candidates would vary; give "
-            "--dynamic batch or none, and --size H W"
-        )
-    if dynamic == "image":
-        if size:
-            raise UserError("--size fixes the canvas, --dynamic image leaves it open: choose one")
-        size = (None, None)
-    elif size is None:
-        if inputs.MIN_SIZE_TEST <= 0:
-            raise UserError(
-                "INPUT.MIN_SIZE_TEST is 0 (no resizing): give the canvas with --size H W"
-            )
-        size = tuple(
-            -(-side // step) * step for side in (inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)
-        )
-    elif min(size) < step or size[0] % step or size[1] % step:
-        raise UserError(f"--size {size[0]} {size[1]}: both must be multiples of {step}")
-    return ModelSpec(
-        architecture=type(student.model).__name__,
-        classes=student.classes,
-        input_format=inputs.FORMAT,
-        input_dtype=input_dtype,
-        min_size=inputs.MIN_SIZE_TEST,
-        max_size=inputs.MAX_SIZE_TEST,
-        size_divisibility=step,
-        height=size[0],
-        width=size[1],
-        dynamic=dynamic,
-        max_detections=detector.max_detections,
-        score_threshold=attrgetter(detector.threshold_path)(student.model),
-        nms_threshold=detector.nms_threshold,
-        mean=list(student.cfg.MODEL.PIXEL_MEAN),
-        std=list(student.cfg.MODEL.PIXEL_STD),
-        opset=OPSET,
-        target=target,
-        task="instance_segmentation" if detector.mask_size else "detection",
-        mask_size=detector.mask_size,
-        proposals=detector.proposals,
-        hashes={"checkpoint_sha256": student.checkpoint_sha256},
-        versions={package: version(package) for package in _PACKAGES},
-    )
-
-
 def _refuse_existing(output: Path, force: bool) -> None:
     names = (*_GRAPH_FILES, "report.json")
     found = [name for name in names if (output / name).exists()]
@@ -240,84 +167,6 @@ def _add_build(details: Dict, spec: ModelSpec, path: Path) -> None:
         details.setdefault("tensorrt", {})[path.name] = built
         write_json(path.with_name("report.json"), details)
         print(build_text(built))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="checkpoint of train_net.py, or of stock Detectron2")
-    parser.add_argument("--output", metavar="DIR", help="default: CHECKPOINT_onnx/ beside it")
-    parser.add_argument(
-        "--config-file",
-        metavar="FILE",
-        help="student's config; default: the one in the checkpoint, else config.yaml beside it",
-    )
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="canvas in pixels; default: INPUT.MIN_SIZE_TEST x MAX_SIZE_TEST, rounded up",
-    )
-    parser.add_argument(
-        "--dynamic",
-        choices=("none", "batch", "image"),
-        default="batch",
-        help="what may vary: nothing (batch 1), the batch (default), or batch and canvas",
-    )
-    parser.add_argument("--score-threshold", type=float, metavar="T", help="default: the config's")
-    parser.add_argument(
-        "--proposals",
-        type=int,
-        metavar="N",
-        help="R-CNN: boxes that reach the second stage, at most; fewer are faster and can cost AP "
-        "(default: the config's MODEL.RPN.POST_NMS_TOPK_TEST)",
-    )
-    parser.add_argument("--input-dtype", choices=("float32", "uint8"), default="float32")
-    parser.add_argument(
-        "--target",
-        choices=("onnx", "tensorrt"),
-        default="onnx",
-        help="tensorrt: static NMS, constant sizes, lint, and the commands that build an engine",
-    )
-    parser.add_argument("--images", metavar="DIR", help="verify on these images too")
-    _add_precision_options(parser)
-    parser.add_argument("--force", action="store_true", help="replace an earlier export")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
-
-
-def _add_precision_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("precision")
-    group.add_argument(
-        "--precision",
-        action="append",
-        choices=PRECISIONS,
-        default=[],
-        help="write model.fp16.onnx or model.int8.onnx too; may be given twice",
-    )
-    group.add_argument(
-        "--recipe",
-        choices=list(RECIPES),
-        help="int8 for ONNX Runtime on CPUs (u8 activations) or TensorRT (s8, symmetric); "
-        "default: that of --target",
-    )
-    group.add_argument(
-        "--calibration", metavar="DIR", help="images for the ranges of int8; not those of --dataset"
-    )
-    group.add_argument("--dataset", help="COCO-format JSON or registered name, to measure AP on")
-    group.add_argument("--images-root", metavar="DIR", help="of the JSON's images")
-    group.add_argument(
-        "--max-ap-drop",
-        type=float,
-        default=1.0,
-        metavar="POINTS",
-        help="AP that int8 may lose to float32, of 100 (%(default)s); float16 at most 0.2",
-    )
 
 
 def run(argv: Optional[Sequence[str]]) -> int:

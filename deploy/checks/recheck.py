@@ -14,8 +14,8 @@ from deploy.checks.inventory import take_inventory
 from deploy.checks.quantized_weights import with_float_weights
 from deploy.checks.verify_images import verification_batches
 from deploy.errors import UserError
-from deploy.export import make_spec
 from deploy.graphs import exportable
+from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import RAW, THRESHOLD, to_onnx
 from deploy.load import Student
 from deploy.reduced.half import half_model

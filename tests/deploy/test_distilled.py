@@ -9,8 +9,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from deploy.checks.graph_difference import structure_difference
-from deploy.export import make_spec
 from deploy.graphs import exportable
+from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student

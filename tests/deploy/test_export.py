@@ -13,8 +13,9 @@ from PIL import Image
 
 import deploy.export
 from deploy.checks.verify_images import draw_scene
-from deploy.export import main, make_spec
+from deploy.export import main
 from deploy.graphs import exportable
+from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.load import load_student
 from deploy.spec import ModelSpec

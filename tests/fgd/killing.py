@@ -17,7 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
-from fgd import cli
+from fgd import cli, job
 from fgd.engine.history import CLOCKS
 from fgd.engine.run_folder import read_checkpoint
 from fgd.engine.trainer import FGDTrainer
@@ -80,7 +80,7 @@ def train(config_file: str) -> None:
     console = os.open(f"{config_file}.txt", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(console, descriptor)
-    cli.FGDTrainer = RecordedTrainer
+    job.FGDTrainer = RecordedTrainer
     os._exit(cli.main(["--config-file", config_file, "--resume"]))
 
 

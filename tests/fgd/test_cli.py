@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
-from fgd import cli
+from fgd import cli, job
 from fgd.config import load_config
 from fgd.errors import UserError
 
@@ -126,7 +126,7 @@ def test_debug_adds_the_traceback(config_file, capfd):
 
 
 def test_unexpected_errors_are_exit_code_1_with_traceback(config_file, capfd, monkeypatch):
-    monkeypatch.setattr(cli, "FGDTrainer", lambda cfg: 1 / 0)
+    monkeypatch.setattr(job, "FGDTrainer", lambda cfg: 1 / 0)
     code, err = run(capfd, "--config-file", config_file)
     assert code == 1 and "error: division by zero" in err and "ZeroDivisionError" in err
 
@@ -173,16 +173,16 @@ def test_parser_has_detectron2s_options_and_real_examples():
 
 def test_results_are_valid_json_whatever_the_metrics(tmp_path):
     results = {"bbox": {"AP": float("nan"), "AP50": 12.5}}
-    cli.write_results(str(tmp_path), results, None)
+    job.write_results(str(tmp_path), results, None)
     content = json.loads((tmp_path / "results.json").read_text())
     assert content == {"iteration": None, "bbox": {"AP": None, "AP50": 12.5}}
 
 
 def test_output_dir_is_made_and_proved_writable(tmp_path):
-    cli.check_output_dir(str(tmp_path / "a" / "b"))
+    job.check_output_dir(str(tmp_path / "a" / "b"))
     assert os.listdir(tmp_path / "a" / "b") == []
     with pytest.raises(UserError, match="not a local folder"):
-        cli.check_output_dir("")
+        job.check_output_dir("")
 
 
 def test_a_refused_run_changes_nothing_and_says_what_to_do(tmp_path, config_file, capfd):
@@ -244,7 +244,7 @@ def _check_as_nobody(path, answer):
     if os.getuid() == 0:  # for whom no folder is read-only
         os.setuid(65534)
     try:
-        cli.check_output_dir(path)
+        job.check_output_dir(path)
     except UserError as error:
         answer.put(str(error))
     else:
@@ -267,4 +267,4 @@ def test_a_read_only_folder_is_refused(mode, message):
     finally:
         os.rmdir(folder)
     with pytest.raises(UserError, match="cannot write there"):
-        cli.check_output_dir("/proc/no/such/place")
+        job.check_output_dir("/proc/no/such/place")

@@ -1,40 +1,19 @@
 """The command ``train_net.py``: train, resume or evaluate a detector, distilled or not."""
 
 import argparse
-import json
-import logging
-import math
 import os
 import shlex
 import sys
-import tempfile
 import traceback
-from typing import Callable, Optional, Sequence
+from typing import Optional, Sequence
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.engine import default_argument_parser
 
-from .config import check_config, load_config, student_config
-from .data.checks import check_class_count
-from .data.datasets import register_from_config
 from .doctor import command as doctor
 from .engine import stop
 from .engine.launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
-from .engine.lock import folder_lock
-from .engine.run_folder import check_unused, config_kept, newest_checkpoint
-from .engine.solver import check_solver
-from .engine.trainer import FGDTrainer
-from .errors import StoppedError, UserError
-from .files import atomic_write
-from .weights import load_complete
-
-RESULTS = "results.json"
-
-logger = logging.getLogger(__name__)
+from .errors import StoppedError
+from .job import load_checked_config, run
 
 _EPILOG = """
 Examples:
@@ -143,157 +122,3 @@ def command_to_go_on(argv: Optional[Sequence[str]] = None) -> str:
     program, options = words[: len(words) - own], words[len(words) - own :]
     options = [x for x in options if x not in ("--resume", "--overwrite")]
     return shlex.join([*program, "--resume", *options])
-
-
-def load_checked_config(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of the command line.
-
-    Raises:
-        UserError: it cannot work here; found before anything is built or written.
-    """
-    doctor.check_options(args)
-    cfg = load_config(args.config_file, args.opts or ())
-    check_device(cfg.MODEL.DEVICE)
-    if not args.eval_only:
-        check_solver(cfg)
-        check_config(cfg)
-    cfg.freeze()
-    return cfg
-
-
-def check_device(device: str) -> None:
-    """Raise UserError if PyTorch does not know MODEL.DEVICE or there is no such device."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"MODEL.DEVICE: {device!r} is not a device; use cuda or cpu") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("MODEL.DEVICE is cuda, but PyTorch finds no GPU; add MODEL.DEVICE cpu")
-
-
-def check_output_dir(path: str) -> None:
-    """Create OUTPUT_DIR and write to it once; UserError if that fails."""
-    if not path or "://" in path:
-        raise UserError(f"OUTPUT_DIR: {path!r} is not a local folder")
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path}: cannot write there ({error.strerror})") from None
-
-
-def run(args: argparse.Namespace) -> int:
-    """What each process of the job does; returns the exit code 0."""
-    cfg = load_checked_config(args)
-    check_output_dir(cfg.OUTPUT_DIR)
-    if args.eval_only:
-        return evaluate(prepare(cfg, args), resume=args.resume)
-    if args.doctor:
-        return doctor.examine_only(prepare(cfg, args))
-    with folder_lock(cfg.OUTPUT_DIR), config_kept(cfg.OUTPUT_DIR) as accept:
-        if not (args.resume or args.overwrite):
-            check_unused(cfg.OUTPUT_DIR)
-        prepared = prepare(cfg, args)
-        if args.balance:
-            prepared = doctor.apply_balance(prepared, cfg, resume=args.resume)
-        return train(
-            prepared,
-            accept,
-            resume=args.resume,
-            allow_changes=args.allow_config_change,
-            overwrite=args.overwrite,
-        )
-
-
-def prepare(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """`set_up`; then the config with registered datasets whose classes fit the model."""
-    set_up(cfg, args)
-    cfg = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    if not args.doctor:  # which says it beside everything else
-        check_class_count(cfg)
-    return cfg
-
-
-def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Loggers; for training also the seed and OUTPUT_DIR/config.yaml.
-
-    Evaluation and doctor leave that file alone: it is the record of the training, and exporting
-    reads it.
-    """
-    names = ["fgd"]
-    if args.eval_only or args.doctor:
-        names += ["fvcore", "detectron2"]
-    else:
-        default_setup(cfg, args)  # makes those two itself
-    for name in names:
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
-
-
-def train(
-    cfg: CfgNode, accept: Callable[[], None] = lambda: None, *, resume: bool = False, **options
-) -> int:
-    """Train to SOLVER.MAX_ITER, evaluate and write OUTPUT_DIR/results.json; returns 0.
-
-    Args:
-        accept: called when nothing stands against the run.
-        resume, options: as `FGDTrainer.resume_or_load` takes them.
-    """
-    trainer = FGDTrainer(cfg)
-    trainer.resume_or_load(resume, **options)
-    accept()
-    if trainer.is_complete:
-        done, wanted = trainer.start_iter, trainer.max_iter
-        logger.info(f"Training already complete (iteration {done} of {wanted})")
-        final = os.path.basename(trainer.resumed_from) == "model_final.pth"
-        if final and os.path.exists(os.path.join(cfg.OUTPUT_DIR, RESULTS)):
-            return 0
-        if not final:  # killed just before it, or MAX_ITER was lowered
-            trainer.checkpointer.save("model_final", iteration=trainer.iter)
-    else:
-        doctor.before_step_one(trainer)
-    trainer.train()
-    results = trainer.last_results
-    write_results(cfg.OUTPUT_DIR, results, max(trainer.start_iter, trainer.max_iter))
-    return 0
-
-
-def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
-    """Evaluate MODEL.WEIGHTS (or, with resume, the last checkpoint) on DATASETS.TEST; returns 0.
-
-    Only the student is built, so no teacher is needed.
-
-    Raises:
-        UserError: the weights are not complete.
-    """
-    path = cfg.MODEL.WEIGHTS
-    if resume:
-        found = newest_checkpoint(cfg.OUTPUT_DIR)
-        path = found[0] if found else path
-    if not path:
-        raise UserError("--eval-only: name the checkpoint to evaluate with MODEL.WEIGHTS")
-    model = build_model(student_config(cfg))
-    report = load_complete(model, path, what="model")
-    logger.info(f"Evaluating {path}: {report.summary()}")
-    results = FGDTrainer.test(cfg, model)
-    iterations = None if report.iteration is None else report.iteration + 1
-    write_results(cfg.OUTPUT_DIR, results, iterations)
-    return 0
-
-
-def write_results(folder: str, results: dict, iterations: Optional[int]) -> None:
-    """Write results.json: {"iteration": finished iterations or null, "bbox": {"AP": ...}, ...}.
-
-    Metrics are in percent; null where a metric is undefined (no ground truth of that size). With
-    several test sets there is one such entry per set name. Only the main process writes.
-    """
-    if not comm.is_main_process():
-        return
-    content = json.dumps({"iteration": iterations, **_without_nan(results)}, indent=1)
-    atomic_write(os.path.join(folder, RESULTS), lambda file: file.write(content.encode()))
-
-
-def _without_nan(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if math.isnan(value) else float(value)

@@ -8,10 +8,10 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from ..cli import check_device, check_output_dir
 from ..config import load_config
 from ..errors import UserError
 from ..files import atomic_write
+from ..job import check_device, check_output_dir
 from . import loss, loss_report, step
 from .cases import PYRAMIDS
 from .process import ALLOCATORS, run_alone
