@@ -15,6 +15,7 @@ from fgd import cli, job
 from fgd.config import load_config
 from fgd.errors import UserError
 
+from .killing import metrics
 from .training import assert_equal, distilled, training_cfg
 
 pytestmark = pytest.mark.usefixtures("forget_loggers")
@@ -56,11 +57,15 @@ def test_train_resume_evaluate(tmp_path, config_file, capfd):
         assert log.count(line) == 1
     assert 'MODEL.WEIGHTS is "": the student starts from its random initialisation' in log
 
+    lines = metrics(out)
+    assert sum("bbox/AP" in line for line in lines) == 1
     assert cli.main(["--config-file", str(config_file), "--resume"]) == 0
     assert "Training already complete (iteration 2 of 2)" in (out / "log.txt").read_text()
+    assert metrics(out) == lines
     (out / "results.json").unlink()  # as if stopped during the last evaluation
     assert cli.main(["--config-file", str(config_file), "--resume"]) == 0
     assert json.loads((out / "results.json").read_text()) == results
+    assert metrics(out) == lines
 
     (out / "results.json").unlink()
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]

@@ -99,7 +99,6 @@ class FGDTrainer(DefaultTrainer):
                 self._adopt_solver(fresh, base_lrs)
         else:
             self._start_anew(resume, overwrite)
-        self._repair_metrics()
 
     def _start_anew(self, resume: bool, overwrite: bool) -> None:
         folder = self.cfg.OUTPUT_DIR
@@ -132,6 +131,8 @@ class FGDTrainer(DefaultTrainer):
             DivergedError: see `run_step`.
         """
         self._finished = self.start_iter  # iterations
+        # Not when resuming: a run with nothing left to do keeps the line of its last evaluation.
+        self._repair_metrics()
         try:
             # TorchScript (RetinaNet's focal loss) rewrites a function after its first calls, with
             # other rounding, so a new process would not continue bit by bit. Without a seed speed
