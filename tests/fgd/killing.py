@@ -200,8 +200,9 @@ def _saving(out: Path, chance: random.Random) -> Iterator[bool]:
     """True while a file is being written for the first or second time since the first call."""
     seen, count = set(), chance.choice([1, 2])
     while len(seen) < count:
-        names = os.listdir(out) if out.exists() else []
-        seen.update(os.stat(out / x).st_ino for x in names if x.startswith(".tmp") and "model" in x)
+        files = os.scandir(out) if out.exists() else ()
+        # What a listing says: a file may be gone by the time that it is asked for more.
+        seen.update(x.inode() for x in files if x.name.startswith(".tmp") and "model" in x.name)
         yield len(seen) >= count
     yield True
 
