@@ -1,7 +1,7 @@
 """Group normalisation whose weights stay in the file under their own names."""
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class NamedGroupNorm(nn.Module):
@@ -10,9 +10,10 @@ class NamedGroupNorm(nn.Module):
     In the shape in which they are multiplied and added. The exporter would compute it from (C,) and
     store the result as a nameless constant, which nobody can account for.
 
-    Each group's mean is subtracted first, summed row by row. ONNX Runtime's InstanceNormalization
-    sums in one go and subtracts after scaling; where an image is flat, that rounding error is all
-    that is left, and is scaled up by as much as 1/sqrt(eps).
+    Written out, because the exporter makes an InstanceNormalization of it. ONNX Runtime's sums a
+    whole group in one go and subtracts the mean after scaling: several times PyTorch's rounding
+    error, and where an image is flat it is all that is left, scaled up by as much as 1/sqrt(eps).
+    Here the mean goes first, sums go row by row, and half precision is left for both.
     """
 
     def __init__(self, norm: nn.GroupNorm):
@@ -23,10 +24,16 @@ class NamedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        grouped = x.unflatten(1, (self.num_groups, -1))
-        rows = grouped.mean(dim=4, keepdim=True)
-        x = (grouped - rows.mean(dim=(2, 3), keepdim=True)).flatten(1, 2)
-        return F.group_norm(x, self.num_groups, eps=self.eps) * self.weight + self.bias
+        wide = x.float() if x.dtype == torch.float16 else x
+        grouped = wide.unflatten(1, (self.num_groups, -1))
+        centred = grouped - _mean(grouped)
+        normed = centred * torch.rsqrt(_mean(centred * centred) + self.eps)
+        return normed.flatten(1, 2).to(x.dtype) * self.weight + self.bias
+
+
+def _mean(grouped: Tensor) -> Tensor:
+    """(B, G, C / G, H, W) -> (B, G, 1, 1, 1): of each row, then of these."""
+    return grouped.mean(dim=4, keepdim=True).mean(dim=(2, 3), keepdim=True)
 
 
 def name_group_norms(model: nn.Module) -> None:
