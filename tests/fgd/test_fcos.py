@@ -90,6 +90,7 @@ def test_the_rest_of_the_project_knows_it(cfg):
 
 
 def test_resnet_pyramid_takes_p6_from_p5(cfg):
+    cfg.MODEL.FPN.NORM = "GN"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     backbone = build_fcos_resnet_fpn_backbone(cfg, ShapeSpec(channels=3))

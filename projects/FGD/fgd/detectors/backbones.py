@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Optional
 
 import timm
 from detectron2.config import CfgNode
@@ -21,6 +22,7 @@ __all__ = [
     "build_retinanet_timm_fpn_backbone",
     "build_timm_fpn_backbone",
     "group_norm",
+    "pyramid",
     "pyramid_norm",
     "timm_fpn",
 ]
@@ -185,6 +187,19 @@ def pyramid_norm(name: str):
     return group_norm if name == "GN" else name
 
 
+def pyramid(cfg: CfgNode, bottom_up: Backbone, top_block: Optional[nn.Module]) -> FPN:
+    """Detectron2's FPN of MODEL.FPN over `bottom_up`, with `top_block` for the levels above."""
+    node = cfg.MODEL.FPN
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=node.IN_FEATURES,
+        out_channels=node.OUT_CHANNELS,
+        norm=pyramid_norm(node.NORM),
+        top_block=top_block,
+        fuse_type=node.FUSE_TYPE,
+    )
+
+
 def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int, p6p7):
     """(module or None); attached to the last level, whatever its stride."""
     if kind == "none":
@@ -223,14 +238,7 @@ def timm_fpn(
     kind = default_top_block if timm_cfg.TOP_BLOCK == "default" else timm_cfg.TOP_BLOCK
     last = fpn_cfg.IN_FEATURES[-1]
     top_channels = bottom_up.output_shape()[last].channels
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=fpn_cfg.IN_FEATURES,
-        out_channels=fpn_cfg.OUT_CHANNELS,
-        norm=pyramid_norm(fpn_cfg.NORM),
-        top_block=_top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS, p6p7),
-        fuse_type=fpn_cfg.FUSE_TYPE,
-    )
+    return pyramid(cfg, bottom_up, _top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS, p6p7))
 
 
 @BACKBONE_REGISTRY.register()

@@ -11,7 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 
-from .backbones import group_norm
+from .backbones import group_norm, pyramid
 
 __all__ = ["FCOS", "add_fcos_config", "build_fcos_resnet_fpn_backbone"]
 
@@ -92,11 +92,5 @@ def _with_empty_box(instances: Instances, anchors: List[Boxes]) -> Instances:
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """ResNet-FPN with p3-p7 as Detectron2's FCOS has it: p6 and p7 from p5, not from res5."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return pyramid(cfg, build_resnet_backbone(cfg, input_shape), top_block)

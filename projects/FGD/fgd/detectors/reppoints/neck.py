@@ -10,7 +10,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
-from ..backbones import pyramid_norm, timm_fpn
+from ..backbones import pyramid, pyramid_norm, timm_fpn
 
 __all__ = [
     "PlainP6P7",
@@ -55,14 +55,8 @@ def build_reppoints_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     bottom_up = build_resnet_backbone(cfg, input_shape)
     node, last = cfg.MODEL.FPN, cfg.MODEL.FPN.IN_FEATURES[-1]
     channels = bottom_up.output_shape()[last].channels
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=node.IN_FEATURES,
-        out_channels=node.OUT_CHANNELS,
-        norm=pyramid_norm(node.NORM),
-        top_block=PlainP6P7(channels, node.OUT_CHANNELS, in_feature=last, norm=node.NORM),
-        fuse_type=node.FUSE_TYPE,
-    )
+    top_block = PlainP6P7(channels, node.OUT_CHANNELS, in_feature=last, norm=node.NORM)
+    return pyramid(cfg, bottom_up, top_block)
 
 
 @BACKBONE_REGISTRY.register()
