@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import comm
 
 from fgd.config import get_fgd_cfg
 from fgd.data import datasets
 from fgd.data.datasets import coco_ground_truth, register_from_config, test_dataset
+from fgd.engine.launch import launch
 from fgd.errors import UserError
 
 from .coco_files import coco_dict, write_coco
@@ -244,26 +244,28 @@ def _no_space(folder, settings):
     raise UserError("no space left")
 
 
-def _register_in_process(rank, folder, results):
+def _register_in_process(folder: str) -> int:
     """The answers of one process: first with a main process that cannot write, then without."""
-    # They meet through a file: a port that was free a moment ago may be taken by another test.
-    dist.init_process_group("gloo", f"file://{folder}/meeting_point", rank=rank, world_size=2)
     cfg, generate = shapes_cfg(Path(folder)), datasets.generate
-    datasets.generate = _no_space if rank == 0 else generate
+    datasets.generate = _no_space if comm.get_rank() == 0 else generate
     try:
         answer = register_from_config(cfg).DATASETS.TRAIN
     except UserError as error:
         answer = str(error)
     datasets.generate = generate
-    results.put((answer, register_from_config(cfg).DATASETS.TRAIN))
-    dist.destroy_process_group()
+    answers = [answer, *register_from_config(cfg).DATASETS.TRAIN]
+    (Path(folder) / f"answers_{comm.get_rank()}.json").write_text(json.dumps(answers))
+    return 0
 
 
 def test_processes_agree_on_success_and_on_failure(tmp_path):
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_register_in_process, (str(tmp_path), queue), nprocs=2)
-    first, second = queue.get(), queue.get()
+    # They meet through a file: a port that was free a moment ago may be taken by another test.
+    meeting_point = f"file://{tmp_path}/meeting_point"
+    launch(
+        _register_in_process, (str(tmp_path),), device="cpu", processes=2, dist_url=meeting_point
+    )
+    first, second = (json.loads((tmp_path / f"answers_{i}.json").read_text()) for i in (0, 1))
     assert first == second
-    failure, (name,) = first
+    failure, name = first
     assert failure == "no space left" and name.startswith("shapes_train_")
     assert len(list((tmp_path / "shapes").iterdir())) == 2

@@ -2,6 +2,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -180,6 +182,22 @@ def test_torchrun_environment_is_joined(monkeypatch):
 
     assert launch(main, device="cpu", processes=8) == 7
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("of_several", [True, False])
+def test_a_process_of_several_leaves_at_once(of_several):
+    """What else would run at its end can abort it, long after it has succeeded."""
+    program = (
+        "import atexit, sys; from fgd.engine.launch import leave\n"
+        "atexit.register(print, 'late'); sys.stdout.write('said'); leave(7)"
+    )
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = os.environ | dict.fromkeys([*keys, "TORCHELASTIC_RUN_ID"] * of_several, "0")
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert result.returncode == 7
+    assert result.stdout == ("said" if of_several else "saidlate\n")
 
 
 @pytest.mark.parametrize(
