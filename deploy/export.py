@@ -20,7 +20,7 @@ from deploy.export_options import build_parser
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
-from deploy.graphs.contract import make_spec, padding_note
+from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.trt_build import build_text, describe_build
 from deploy.load import load_student
@@ -82,7 +82,6 @@ def export(
         print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
     model, details = _convert(detector, spec)
     details = {"checkpoint": str(checkpoint), "config": student.config_source, **details}
-    details["notes"] = [note] if (note := padding_note(detector, spec)) else []
     details["versions"] = environment(spec.versions)
     details["left_out"] = {
         key: {"tensors": count, "bytes": size_bytes}
@@ -94,8 +93,6 @@ def export(
         kept = output / "model.failed.onnx"
         raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
     print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
-    for note in details["notes"]:
-        print(f"note: {note}")
     _add_build(details, spec, output / "model.onnx")
     details["ap"] = inputs.single(output / "model.onnx")
     write_json(output / "report.json", details)

@@ -4,6 +4,7 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 import onnx
+import torch
 
 from deploy.checks.graph_under_test import (
     GraphUnderTest,
@@ -75,8 +76,9 @@ def compare(
     with score_threshold(model, exportable_class(model).threshold_path, threshold):
         for batch in batches:
             outputs, raw = graph.run(batch)
-            cuts = detector.cut_scores(as_tensors(raw))
-            for i, expected in enumerate(detectron2_detections(model, batch)):
+            cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
+            all_expected = detectron2_detections(model, batch, alone=detector.area.followed)
+            for i, expected in enumerate(all_expected):
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
                 tally.add(expected, detections(outputs, i), lines)
 

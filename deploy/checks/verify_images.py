@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 def verification_batches(
     spec: ModelSpec, images: Optional[Sequence[np.ndarray]] = None
 ) -> List[Batch]:
-    """Landscape, portrait, smallest, blank; alone and three ragged ones together.
+    """Landscape, portrait, smallest, almost blank; alone and three ragged ones together.
 
     Args:
         images: prepared pixels (h, w, 3) uint8 that fit the canvas; they are used beside drawn
@@ -38,7 +38,8 @@ def verification_batches(
         (min(_SMALLEST, height), min(_SMALLEST, width)),
     ]
     drawn = [draw_scene(rng, shape) for shape in shapes]
-    blank = np.full((height, width, 3), 114, np.uint8)
+    # Not one value everywhere: of equal scores in whole rows any may be kept, in Detectron2 too.
+    blank = np.random.default_rng(1).integers(112, 117, (height, width, 3), np.uint8)
     alone = [*drawn, blank, *(images or [])]
     batches = [make_noisy_batch(rng, [image], spec) for image in alone]
     if spec.dynamic != "none":

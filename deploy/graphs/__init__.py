@@ -41,7 +41,9 @@ def exportable(student: nn.Module) -> ExportableDetector:
     Raises:
         UserError: the meta-architecture, or a part of it, cannot be exported.
     """
-    return exportable_class(student)(student)
+    detector = exportable_class(student)(student)
+    detector.follow_images()
+    return detector
 
 
 def supported() -> str:

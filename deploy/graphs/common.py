@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deploy.errors import UserError
-from deploy.graphs.norms import name_group_norms
+from deploy.graphs.area import Area, follow, inside
+from deploy.graphs.means import write_out_means
 from deploy.graphs.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
 
@@ -53,11 +54,31 @@ class ExportableDetector(nn.Module):
         self.check_kind(student)
         _refuse_deformable(student)
         self.student = copy.deepcopy(student)
-        name_group_norms(self.student)
+        write_out_means(self.student)
         self.student.requires_grad_(False)
         threshold = operator.attrgetter(self.threshold_path)(student)
         self.register_buffer("score_threshold", torch.tensor(float(threshold)))
+        self.area = Area(self.size_divisibility)
         self.eval()
+
+    @torch.no_grad()
+    def follow_images(self) -> None:
+        """Have every image seen as if it were alone, where the network averages over maps.
+
+        To be called once, when the graph is whole. Such a network then gives for each image what
+        Detectron2 gives for a batch of that image alone; others, as Detectron2 does, what padding
+        to the canvas gives.
+        """
+        follow(self.area, self.maps())
+        if self.area.followed:
+            strides = [shape.stride for shape in self.student.backbone.output_shape().values()]
+            side = 2 * max(*strides, self.size_divisibility)
+            with self.area.watch(side):
+                self.network(torch.zeros(1, 3, side, side), torch.tensor([[side, side]]))
+
+    def maps(self) -> List[nn.Module]:
+        """The parts of `network` that work on maps of the whole image."""
+        raise NotImplementedError
 
     @staticmethod
     def check_kind(student: nn.Module) -> None:
@@ -81,26 +102,30 @@ class ExportableDetector(nn.Module):
         finite = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
         return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner.values())
 
-    def cut_scores(self, raw: Dict[str, Tensor]) -> List[List[float]]:
+    def cut_scores(self, raw: Dict[str, Tensor], image_sizes: Tensor) -> List[List[float]]:
         """Per image the scores at which candidates were cut although the next one's is as high.
 
         Which of them go on is then a matter of the order of equal scores, as in an image on which
         a thousand confident ones saturate at exactly 1.
         """
-        return [[] for _ in range(next(iter(raw.values())).shape[0])]
+        return [[] for _ in image_sizes]
 
     def cut_images(self, raw: Dict[str, Tensor], num_dets: Tensor) -> int:
         """In how many images a fixed limit inside the graph may have cut off detections."""
         return 0
 
+    def only_inside(self, logits: Tensor, stride: int, image_sizes: Tensor) -> Tensor:
+        """Logits (B, A, H, W) of a map, `INVALID` in cells which an image alone would not have."""
+        if not self.area.followed:
+            return logits
+        of_image = inside(image_sizes, self.area.step, stride, *logits.shape[-2:])
+        return torch.where(of_image[:, None], logits, INVALID)
+
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """(pixels - mean) / std, and exactly 0 outside the true size, where Detectron2 pads."""
         mean, std = self.student.pixel_mean, self.student.pixel_std
-        height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device)[None, :] < image_sizes[:, :1]
-        columns = torch.arange(width, device=images.device)[None, :] < image_sizes[:, 1:]
-        inside = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(inside, (images.to(mean.dtype) - mean) / std, 0.0)
+        of_image = inside(image_sizes, 1, 1, *images.shape[-2:])[:, None]
+        return torch.where(of_image, (images.to(mean.dtype) - mean) / std, 0.0)
 
 
 def _refuse_deformable(student: nn.Module) -> None:

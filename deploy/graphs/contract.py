@@ -7,7 +7,6 @@ from typing import Optional, Tuple
 from deploy.errors import UserError
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.convert import OPSET
-from deploy.graphs.norms import NamedGroupNorm
 from deploy.load import Student
 from deploy.spec import ModelSpec
 
@@ -71,17 +70,4 @@ def make_spec(
         proposals=detector.proposals,
         hashes={"checkpoint_sha256": student.checkpoint_sha256},
         versions={package: version(package) for package in _PACKAGES},
-    )
-
-
-def padding_note(detector: ExportableDetector, spec: ModelSpec) -> str:
-    """What group norms on a fixed canvas change; "" if there are none, or the canvas is free."""
-    norms = sum(isinstance(part, NamedGroupNorm) for part in detector.student.modules())
-    if not norms or spec.dynamic == "image":
-        return ""
-    return (
-        f"{norms} group norms average over the canvas of {spec.height} x {spec.width}, padding "
-        f"included, where Detectron2 pads an image to a multiple of {spec.size_divisibility} only. "
-        "Images that do not fill it are seen otherwise, which can cost much AP: give --size for "
-        "images of one shape, or --dynamic image, and compare with deploy/evaluate.py --checkpoint"
     )

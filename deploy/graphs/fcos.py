@@ -24,9 +24,9 @@ class ExportableFCOS(ExportableRetinaNet):
         require(student.anchor_generator, DefaultAnchorGenerator, "the FCOS anchor generator")
         require(student.box2box_transform, Box2BoxTransformLinear, "the FCOS box transform")
 
-    def _ranked(self, i: int, raw: Dict[str, Tensor]) -> Tensor:
+    def _ranked(self, i: int, raw: Dict[str, Tensor], image_sizes: Tensor) -> Tensor:
         """(B, H * W * classes) scores: centerness is part of them, so logits would not do."""
-        logits = dense(raw[f"logits.{self.levels[i]}"], self.num_classes)
+        logits = self._logits(i, raw, image_sizes)
         centerness = dense(raw[f"centerness.{self.levels[i]}"], 1)
         return torch.sqrt(logits.sigmoid() * centerness.sigmoid()).flatten(1)
 

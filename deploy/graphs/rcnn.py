@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor, nn
 
 from deploy.errors import UserError
+from deploy.graphs.area import extend
 from deploy.graphs.common import (
     ExportableDetector,
     clip,
@@ -86,6 +87,9 @@ class ExportableRCNN(ExportableDetector):
         if heads.mask_on:
             check_mask_head(heads)
 
+    def maps(self):
+        return [self.student.backbone, self.rpn.rpn_head]
+
     def network(self, images: Tensor, image_sizes: Tensor, **given: Tensor) -> Dict[str, Tensor]:
         """All raw predictions; with masks, the outputs that the mask head needs as well.
 
@@ -99,16 +103,18 @@ class ExportableRCNN(ExportableDetector):
             none; "class_logits": (B * R, classes + 1); "box_deltas": (B * R, classes * 4), or
             (B * R, 4) when class-agnostic; with masks "mask_logits": (B * K, classes or 1, M, M).
         """
-        features = self.student.backbone(self.normalize(images, image_sizes))
         levels = self.rpn.in_features
-        objectness, deltas = self.rpn.rpn_head([features[level] for level in levels])
+        with self.area.of(image_sizes):
+            features = self.student.backbone(self.normalize(images, image_sizes))
+            objectness, deltas = self.rpn.rpn_head([features[level] for level in levels])
         raw = {
             **name_features(features, {*levels, *self.heads.box_in_features}),
             **{f"objectness.{level}": x for level, x in zip(levels, objectness)},
             **{f"rpn_deltas.{level}": x for level, x in zip(levels, deltas)},
         }
+        features = self._for_pooling(features, image_sizes)
         pyramid = [features[level] for level in self.heads.box_in_features]
-        rois = None if given else propose(self.rpn, objectness, deltas, image_sizes, self.static)
+        rois = None if given else self._propose(objectness, deltas, image_sizes)
         for i, suffix in enumerate(self.suffixes):
             if given:
                 rois = given[f"rois{suffix}"]
@@ -136,6 +142,21 @@ class ExportableRCNN(ExportableDetector):
         candidates = (self._pair_scores(raw) > self.score_threshold).sum(dim=1)
         cut = (candidates > MAX_CANDIDATES) & (num_dets[:, 0] < self.max_detections)
         return int(cut.sum())
+
+    def _for_pooling(self, features: Dict[str, Tensor], image_sizes: Tensor) -> Dict[str, Tensor]:
+        """What RoIAlign reads at the ends of the images as it does at the ends of maps."""
+        if not self.area.followed:
+            return features
+        shapes = self.student.backbone.output_shape()
+        return features | {
+            level: extend(features[level], image_sizes, self.area.step, shapes[level].stride)
+            for level in self.heads.box_in_features
+        }
+
+    def _propose(self, objectness: List[Tensor], deltas: List[Tensor], image_sizes: Tensor):
+        strides = self.rpn.anchor_generator.strides
+        logits = [self.only_inside(x, s, image_sizes) for x, s in zip(objectness, strides)]
+        return propose(self.rpn, logits, deltas, image_sizes, self.static)
 
     def _select(self, raw: Dict[str, Tensor], image_sizes: Tensor):
         """The four outputs of the box head."""

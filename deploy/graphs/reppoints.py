@@ -56,6 +56,8 @@ class SampledConv(nn.Module):
     ONNX Runtime and TensorRT since later still and not in float16 or int8; these two have all.
     """
 
+    reads_neighbours = True  # outside of an image they are 0
+
     def __init__(self, layer: DeformConv):
         super().__init__()
         self.weight = layer.weight

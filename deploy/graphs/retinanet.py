@@ -52,11 +52,15 @@ class ExportableRetinaNet(ExportableDetector):
         require(student.head, RetinaNetHead, "the RetinaNet head")
         require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
 
+    def maps(self):
+        return [self.student.backbone, self.student.head]
+
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
         """Per level "features.p3": (B, C, H, W), "logits.p3": (B, A * classes, H, W),
         "deltas.p3": (B, A * delta_dims, H, W) and what else is in `predictions`."""
-        features = self.student.backbone(self.normalize(images, image_sizes))
-        predictions = self.student.head([features[level] for level in self.levels])
+        with self.area.of(image_sizes):
+            features = self.student.backbone(self.normalize(images, image_sizes))
+            predictions = self.student.head([features[level] for level in self.levels])
         return name_features(features, self.levels) | {
             f"{kind}.{level}": x
             for kind, levels in zip(self.predictions, predictions)
@@ -65,7 +69,7 @@ class ExportableRetinaNet(ExportableDetector):
 
     def detect(self, raw: Dict[str, Tensor], image_sizes: Tensor):
         """The four outputs of `ExportableDetector` from what `network` returns."""
-        parts = [self._candidates(i, raw) for i in range(len(self.levels))]
+        parts = [self._candidates(i, raw, image_sizes) for i in range(len(self.levels))]
         deltas, anchors, best, labels = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
         boxes, scores = self._decode(deltas, anchors, image_sizes), self._scores(best)
         scores = torch.where(scores > self.score_threshold, scores, INVALID)
@@ -74,11 +78,11 @@ class ExportableRetinaNet(ExportableDetector):
         )
         return finish(index, boxes, scores, labels, image_sizes)
 
-    def _candidates(self, i: int, raw: Dict[str, Tensor]):
+    def _candidates(self, i: int, raw: Dict[str, Tensor], image_sizes: Tensor):
         """Deltas (B, k, delta_dims), anchors (B, k, 4), what `_ranked` gave and classes (B, k) of
         the best pairs of a level, k = min(topk, all pairs)."""
         deltas, width = raw[f"deltas.{self.levels[i]}"], raw[f"logits.{self.levels[i]}"].shape[-1]
-        ranked = self._ranked(i, raw)
+        ranked = self._ranked(i, raw, image_sizes)
         best, pair = ranked.topk(torch.sym_min(self.topk, ranked.shape[1]), dim=1)
         anchor = pair // self.num_classes
         generator = self.student.anchor_generator
@@ -88,20 +92,26 @@ class ExportableRetinaNet(ExportableDetector):
         deltas = take(dense(deltas, self.delta_dims), anchor)
         return deltas, anchors, best, pair - anchor * self.num_classes
 
-    def cut_scores(self, raw: Dict[str, Tensor]) -> List[List[float]]:
+    def cut_scores(self, raw: Dict[str, Tensor], image_sizes: Tensor) -> List[List[float]]:
         """See `ExportableDetector`: where a level has more pairs than its `topk`."""
-        cuts = super().cut_scores(raw)
+        cuts = super().cut_scores(raw, image_sizes)
         for i in range(len(self.levels)):
-            ranked = self._ranked(i, raw)
+            ranked = self._ranked(i, raw, image_sizes)
             if ranked.shape[1] > self.topk:
                 kept, dropped = self._scores(ranked.topk(self.topk + 1).values)[:, -2:].unbind(1)
                 for image in (kept - dropped <= TIE).nonzero()[:, 0].tolist():
                     cuts[image].append(kept[image].item())
         return cuts
 
-    def _ranked(self, i: int, raw: Dict[str, Tensor]) -> Tensor:
+    def _ranked(self, i: int, raw: Dict[str, Tensor], image_sizes: Tensor) -> Tensor:
         """(B, H * W * A * classes) what decides about a level's best pairs: logits."""
-        return dense(raw[f"logits.{self.levels[i]}"], self.num_classes).flatten(1)
+        return self._logits(i, raw, image_sizes).flatten(1)
+
+    def _logits(self, i: int, raw: Dict[str, Tensor], image_sizes: Tensor) -> Tensor:
+        """(B, H * W * A, classes)."""
+        stride = self.student.anchor_generator.strides[i]
+        logits = self.only_inside(raw[f"logits.{self.levels[i]}"], stride, image_sizes)
+        return dense(logits, self.num_classes)
 
     def _scores(self, ranked: Tensor) -> Tensor:
         """Scores in 0..1 of what `_ranked` gave."""

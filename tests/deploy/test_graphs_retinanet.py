@@ -48,7 +48,7 @@ def test_cut_scores_are_where_equal_candidates_are_cut():
     raw[f"logits.{detector.levels[0]}"] = torch.stack([tied, apart])[:, None, None].expand(
         2, detector.num_classes, 1, 4
     )
-    cuts = detector.cut_scores(raw)
+    cuts = detector.cut_scores(raw, torch.tensor([CANVAS] * 2))
     assert cuts[0] == [1.0]
     # the fourth best of (40, 40, ..., 3, ...) is 40 or 3, by the number of classes
     assert cuts[1] == ([1.0] if detector.num_classes > 3 else [])

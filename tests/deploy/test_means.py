@@ -2,7 +2,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from deploy.graphs.norms import NamedGroupNorm, name_group_norms
+from deploy.graphs.means import NamedGroupNorm, write_out_means
 
 
 def test_it_is_the_group_norm():
@@ -35,7 +35,7 @@ def test_a_nearly_flat_map_keeps_its_precision_in_onnx():
 def test_every_one_is_replaced_under_its_name_and_nothing_else():
     model = nn.Sequential(nn.GroupNorm(2, 4), nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(4, 4)))
     names = [name for name, _ in model.named_parameters()]
-    name_group_norms(model)
+    write_out_means(model)
     kinds = [type(model[0]), type(model[1][0]), type(model[1][1])]
     assert kinds == [NamedGroupNorm, nn.BatchNorm2d, NamedGroupNorm]
     assert [name for name, _ in model.named_parameters()] == names
