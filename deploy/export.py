@@ -43,6 +43,7 @@ def export(
     proposals: Optional[int] = None,
     input_dtype: str = "float32",
     target: str = "onnx",
+    filled: bool = False,
     images=None,
     force: bool = False,
     reduction: Optional[Reduction] = None,
@@ -56,6 +57,7 @@ def export(
         dynamic: "none", "batch" or "image" (see `ModelSpec`).
         score_threshold, proposals: replace the config's.  input_dtype: "float32" or "uint8".
         target: "onnx", or "tensorrt": operators and sizes that TensorRT takes (see `trt_lint`).
+        filled: all images will fill the canvas, which makes averages over it cheaper.
         images: folder of images to verify on, beside the built-in ones.
         force: replace an earlier export.
         reduction: what to make beside the float32 graph; default nothing.
@@ -72,7 +74,7 @@ def export(
     _refuse_existing(output, force)
     student = load_student(checkpoint, config_file, score_threshold, proposals)
     detector = exportable(student.model)
-    spec = make_spec(student, detector, size, dynamic, input_dtype, target)
+    spec = make_spec(student, detector, size, dynamic, input_dtype, target, filled)
     pixels = read_images(images, spec) if images else None
     reduction = reduction or Reduction()
     inputs = reduction.open(student.classes)
@@ -184,6 +186,7 @@ def run(argv: Optional[Sequence[str]]) -> int:
         proposals=args.proposals,
         input_dtype=args.input_dtype,
         target=args.target,
+        filled=args.filled,
         images=args.images,
         force=args.force,
         reduction=Reduction(

@@ -39,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="canvas in pixels; default: INPUT.MIN_SIZE_TEST x MAX_SIZE_TEST, rounded up",
     )
     parser.add_argument(
+        "--filled",
+        action="store_true",
+        help="every image will fill the canvas, up to the backbone's stride, as one camera's do, "
+        "and others are refused: faster, where the network averages over the map",
+    )
+    parser.add_argument(
         "--dynamic",
         choices=("none", "batch", "image"),
         default="batch",

@@ -63,6 +63,9 @@ class ModelSpec:
     proposals: int = 0  # boxes per image, at most, that R-CNN's second stage sees; 0 without one
     precision: str = "fp32"  # "fp32" | "fp16" | "int8": what the network's weights are stored in
     target: str = "onnx"  # | "tensorrt": operators and sizes that TensorRT takes, see trt_lint.py
+    # Every image, rounded up to size_divisibility, is as large as the canvas; of others all scores
+    # are NaN.
+    filled: bool = False
     hashes: Dict[str, str] = field(default_factory=dict)  # checkpoint_sha256, graph_sha256
     versions: Dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
@@ -83,6 +86,14 @@ class ModelSpec:
             raise UserError(
                 f"model spec: canvas {self.height}x{self.width} contradicts dynamic={self.dynamic}"
             )
+        if self.filled and self.height is None:
+            raise UserError("model spec: filled is true, but there is no fixed canvas to be filled")
+
+    def fills(self, height: int, width: int) -> bool:
+        """Whether an image of this size is one that the graph takes."""
+        step = self.size_divisibility
+        missing = ((self.height or 0) - height, (self.width or 0) - width)
+        return not self.filled or all(0 <= side < step for side in missing)
 
     @property
     def output_names(self) -> Tuple[str, ...]:

@@ -100,7 +100,7 @@ def make_reference(graph: Graph, student: Student) -> Reference:
     """
     spec, detector = graph.spec, exportable(student.model)
     size = None if spec.dynamic == "image" else (spec.height, spec.width)
-    made = make_spec(student, detector, size, spec.dynamic, spec.input_dtype)
+    made = make_spec(student, detector, size, spec.dynamic, spec.input_dtype, filled=spec.filled)
     made = replace(made, opset=spec.opset, target=spec.target)
     single = model = to_onnx(detector, made)
     if spec.precision == "fp16":

@@ -23,6 +23,8 @@ def verification_batches(
 ) -> List[Batch]:
     """Landscape, portrait, smallest, almost blank; alone and three ragged ones together.
 
+    For a canvas that is always filled, images that are smaller by less than its divisibility.
+
     Args:
         images: prepared pixels (h, w, 3) uint8 that fit the canvas; they are used beside drawn
             ones, each alone and in ragged threes.
@@ -37,6 +39,9 @@ def verification_batches(
         (max(2 * height // 3, 1), width),
         (min(_SMALLEST, height), min(_SMALLEST, width)),
     ]
+    if spec.filled:
+        less = spec.size_divisibility - 1
+        shapes = [(height - a, width - b) for a in (0, less) for b in (0, less)]
     drawn = [draw_scene(rng, shape) for shape in shapes]
     # Not one value everywhere: of equal scores in whole rows any may be kept, in Detectron2 too.
     blank = np.random.default_rng(1).integers(112, 117, (height, width, 3), np.uint8)

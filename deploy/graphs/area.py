@@ -8,7 +8,7 @@ canvas.
 """
 
 from contextlib import contextmanager
-from typing import Dict, Iterable, List, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem
@@ -27,6 +27,7 @@ class Area:
 
     def __init__(self, step: int):
         self.step = step
+        self.filled = False  # every image fills the canvas: there is nothing to be masked
         self.layers: List[_Layer] = []
         self._side = 0  # of the images that are watched; 0 when strides are known
         self._sizes = None
@@ -35,7 +36,7 @@ class Area:
     @property
     def followed(self) -> bool:
         """Whether any layer asks; if not, nothing here changes a result."""
-        return bool(self.layers)
+        return bool(self.layers) and not self.filled
 
     @contextmanager
     def watch(self, side: int):
@@ -79,7 +80,7 @@ class _Layer:
         area.layers.append(self)
 
     def masked(self, x: Tensor) -> Tensor:
-        return x * self.area.mask(self, x)
+        return x if self.area.filled else x * self.area.mask(self, x)
 
 
 class _MaskInput(_Layer):
@@ -96,6 +97,8 @@ class _LowestInput(_Layer):
     """What the largest of several cells must not be."""
 
     def __call__(self, layer, args):
+        if self.area.filled:
+            return None
         inside = self.area.mask(self, args[0]) > 0
         return (torch.where(inside, args[0], torch.finfo(args[0].dtype).min), *args[1:])
 
@@ -103,10 +106,12 @@ class _LowestInput(_Layer):
 class _Share(_Layer):
     """What each cell counts in an average over the map: 0 outside, the same inside, 1 on average.
 
-    (B, C, H, W) -> (B, 1, H, W) float32, or float64 as the map.
+    (B, C, H, W) -> (B, 1, H, W) float32, or float64 as the map; None: all alike.
     """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Optional[Tensor]:
+        if self.area.filled:
+            return None
         mask = self.area.mask(self, x).to(torch.promote_types(x.dtype, torch.float32))
         return mask / mask.mean(dim=(2, 3), keepdim=True)
 

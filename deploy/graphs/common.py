@@ -99,8 +99,11 @@ class ExportableDetector(nn.Module):
         judged = [value for name, value in inner.items() if not name.startswith(FEATURES)]
         judged = [self.normalize(images, image_sizes), *judged]
         sums = [values.reshape(images.shape[0], -1).sum(dim=1) for values in judged]
-        finite = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
-        return (counts, boxes, torch.where(finite, scores, torch.nan), *others, *inner.values())
+        good = torch.isfinite(torch.stack(sums, dim=1)).all(dim=1, keepdim=True)
+        if self.area.filled:
+            canvas = torch.tensor(images.shape[-2:], dtype=image_sizes.dtype)
+            good = good & (image_sizes > canvas - self.area.step).all(dim=1, keepdim=True)
+        return (counts, boxes, torch.where(good, scores, torch.nan), *others, *inner.values())
 
     def cut_scores(self, raw: Dict[str, Tensor], image_sizes: Tensor) -> List[List[float]]:
         """Per image the scores at which candidates were cut although the next one's is as high.

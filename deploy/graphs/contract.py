@@ -20,14 +20,20 @@ def make_spec(
     dynamic: str = "batch",
     input_dtype: str = "float32",
     target: str = "onnx",
+    filled: bool = False,
 ) -> ModelSpec:
     """The contract of the file to be.
 
     Raises:
         UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
-            from the config, or was given although sizes are dynamic; or those are for TensorRT.
+            from the config, or was given although sizes are dynamic; or those are for TensorRT; or
+            `filled` would change nothing.
     """
     inputs, step = student.cfg.INPUT, detector.size_divisibility
+    if filled and not detector.area.followed:
+        raise UserError("--filled: no layer of this network averages over the map, leave it out")
+    if filled and dynamic == "image":
+        raise UserError("--filled needs a fixed canvas: give --dynamic batch or none")
     if dynamic == "image" and target == "tensorrt":
         raise UserError(
             "--target tensorrt needs a fixed canvas, or the number of candidates would vary; give "
@@ -65,6 +71,7 @@ def make_spec(
         std=list(student.cfg.MODEL.PIXEL_STD),
         opset=OPSET,
         target=target,
+        filled=filled,
         task="instance_segmentation" if detector.mask_size else "detection",
         mask_size=detector.mask_size,
         proposals=detector.proposals,

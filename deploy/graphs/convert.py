@@ -22,12 +22,12 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     """Trace the detector and return the finished model, metadata included.
 
     The raw predictions of `detector.network` keep names of their own ("raw.…") inside the graph.
-    `detector.static` is set as the spec's target wants it.
+    `detector.static` and `detector.area.filled` are set as the spec wants them.
 
     Raises:
         ParityError: the backbone or a head uses an operator that has no ONNX translation.
     """
-    detector.static = spec.target == "tensorrt"
+    detector.static, detector.area.filled = spec.target == "tensorrt", spec.filled
     example = _example(detector, spec)
     with torch.no_grad():
         raw = detector.network(*example)

@@ -23,10 +23,10 @@ _SQUEEZES = {
 class Mean(nn.Module):
     """A layer that averages over the cells of (B, C, H, W), each counted as `share` says.
 
-    share: (B, C, H, W) -> (B, 1, H, W), 1 on average; None counts all cells alike.
+    share: (B, C, H, W) -> (B, 1, H, W), 1 on average; None, or no share, counts all cells alike.
     """
 
-    share: Optional[Callable[[Tensor], Tensor]] = None
+    share: Optional[Callable[[Tensor], Optional[Tensor]]] = None
 
     def shares(self, x: Tensor) -> Optional[Tensor]:
         return None if self.share is None else self.share(x)

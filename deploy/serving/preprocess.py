@@ -150,7 +150,8 @@ def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
     Returns:
         (h, w, 3) uint8 in `spec.input_format` order; fits the canvas if the spec fixes one.
     Raises:
-        UserError: the image is so thin that a side would shrink to nothing.
+        UserError: the image is so thin that a side would shrink to nothing, or it does not fill the
+            canvas although the graph was exported for images that do.
     """
     canvas = None if spec.height is None else (spec.height, spec.width)
     height, width = image.shape[:2]
@@ -159,6 +160,11 @@ def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
         raise UserError(
             f"image {height}x{width} (height x width) is too thin: it would be resized "
             f"to {shape[0]}x{shape[1]}"
+        )
+    if not spec.fills(*shape):
+        raise UserError(
+            f"image {height}x{width} (height x width) becomes {shape[0]}x{shape[1]} and does not "
+            f"fill the canvas of {spec.height}x{spec.width}; export without --filled"
         )
     return resize(image if spec.input_format == "BGR" else image[:, :, ::-1], shape)
 

@@ -30,7 +30,15 @@ SPEC_PARAMETER = "spec"  # of config.pbtxt: the ModelSpec's metadata, for client
 LABELS = "labels.txt"
 _DEFAULT_BATCH = 8
 # what all versions of a model have in common, because clients prepare images by it
-_SHARED = ("classes", "input_format", "min_size", "max_size", "size_divisibility", "dynamic")
+_SHARED = (
+    "classes",
+    "input_format",
+    "min_size",
+    "max_size",
+    "size_divisibility",
+    "dynamic",
+    "filled",
+)
 _TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32"}
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 

@@ -1,0 +1,87 @@
+"""--filled: the graph for images that fill its canvas, where layers average over the map."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from deploy.checks.verify_images import verification_batches
+from deploy.errors import UserError
+from deploy.export import main
+from deploy.runtime import OrtDetector
+from deploy.serving.preprocess import prepare
+from deploy.verify import main as verify
+from tests.deploy.conftest import (
+    CANVAS,
+    assert_equal_detections,
+    conditioned,
+    make_cfg,
+    ort_outputs,
+    save_checkpoint,
+    scenes,
+    toy_cfg,
+)
+
+FILLING = [CANVAS, (65, 128), (96, 97), (65, 97)]  # rounded up to 32
+
+
+@pytest.fixture(scope="module")
+def filled(export_tiny):
+    return export_tiny(make_cfg("RetinaNet"), "--filled")
+
+
+def test_its_detections_are_detectron2s_alone(filled):
+    images = scenes(4, seed=3)
+    outputs = ort_outputs(filled.path, images, FILLING)
+    with torch.no_grad():
+        results = [filled.model([{"image": x[:, :h, :w]}])[0] for x, (h, w) in zip(images, FILLING)]
+    found = [result["instances"] for result in results]
+    expected = [
+        (i.pred_boxes.tensor.numpy(), i.scores.numpy(), i.pred_classes.numpy()) for i in found
+    ]
+    assert_equal_detections(outputs, expected)
+
+
+def test_it_masks_nothing(filled, exported):
+    nodes, others = (
+        [node.op_type for node in onnx.load(made.path).graph.node]
+        for made in (filled, exported("RetinaNet"))
+    )
+    assert nodes.count("Mul") < others.count("Mul") - 20
+    sizes = {
+        tuple(size) for batch in verification_batches(filled.spec) for size in batch.image_sizes
+    }
+    assert sizes == set(FILLING)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (96, 96), (32, 32)])
+def test_other_images_are_marked_by_the_graph_and_refused_by_the_client(filled, size):
+    images = scenes(2, seed=3)
+    count, _, scores, _ = ort_outputs(filled.path, images, [size, CANVAS])
+    assert np.isnan(scores[0]).all() and not np.isnan(scores[1]).any() and count[1] > 0
+    image = np.zeros((*size, 3), np.uint8)
+    spec = filled.spec
+    spec.min_size = 0
+    with pytest.raises(UserError, match="does not fill the canvas of 96x128; export without --fil"):
+        prepare(image, spec)
+    detector = OrtDetector(filled.path)
+    assert len(detector.detect([np.zeros((*CANVAS, 3), np.uint8)])) == 1
+
+
+def test_it_verifies_against_its_checkpoint(filled):
+    assert verify([str(filled.path), str(filled.checkpoint)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("cfg", "options", "message"),
+    [
+        (lambda: toy_cfg("RetinaNet"), [], "no layer of this network averages over the map"),
+        (lambda: make_cfg("RetinaNet"), ["--dynamic", "image"], "--filled needs a fixed canvas"),
+    ],
+)
+def test_where_it_means_nothing_it_is_refused(tmp_path, capsys, cfg, options, message):
+    cfg = cfg()
+    path = save_checkpoint(conditioned(cfg), cfg, tmp_path / "student.pth")
+    assert main([str(path), "--filled", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
