@@ -122,11 +122,14 @@ class ModelSpec:
         if self.mask_size:
             shape = [k, self.mask_size, self.mask_size]
             outputs[MASKS] = tensor("float32", shape, "probability of the class, over the box")
+        size = "true height and width inside the canvas"
+        if self.filled:
+            size += f", each less than {self.size_divisibility} below it, or all scores are NaN"
         resize = f"PIL bilinear, shortest side {self.min_size}, longest at most {self.max_size}"
         return {
             "inputs": {
                 "images": tensor(self.input_dtype, [3, *canvas], pixels),
-                "image_sizes": tensor("int32", [2], "true height and width inside the canvas"),
+                "image_sizes": tensor("int32", [2], size),
             },
             "outputs": outputs,
             "resize": resize if self.min_size else "none",
