@@ -57,7 +57,7 @@ def export(
         dynamic: "none", "batch" or "image" (see `ModelSpec`).
         score_threshold, proposals: replace the config's.  input_dtype: "float32" or "uint8".
         target: "onnx", or "tensorrt": operators and sizes that TensorRT takes (see `trt_lint`).
-        filled: all images will fill the canvas, which makes averages over it cheaper.
+        filled: all images will fill the canvas, so that nothing needs to be masked.
         images: folder of images to verify on, beside the built-in ones.
         force: replace an earlier export.
         reduction: what to make beside the float32 graph; default nothing.

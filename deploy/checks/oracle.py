@@ -30,30 +30,25 @@ def score_threshold(model: nn.Module, path: str, value: float):
 
 
 @torch.no_grad()
-def detectron2_detections(model: nn.Module, batch: Batch, alone: bool = False) -> List[Found]:
-    """Detectron2's inference on each image of the batch, padded to the batch's canvas, or alone.
+def detectron2_detections(model: nn.Module, batch: Batch) -> List[Found]:
+    """Detectron2's inference on each image of the batch alone, as its predictor and evaluation do.
 
-    Detectron2 pads to the largest image, and padding changes features near the border. So one more
-    image of the canvas' size is put into its batch, and what it finds there is ignored.
+    Together it would pad them to the largest, which changes features near the border, and averages
+    over maps everywhere.
     """
-    images = [
-        torch.from_numpy(np.ascontiguousarray(canvas[:, :height, :width]))
+    return [
+        _infer(model, torch.from_numpy(np.ascontiguousarray(canvas[:, :height, :width])))
         for canvas, (height, width) in zip(batch.images, batch.image_sizes)
     ]
-    if alone:
-        return [found for image in images for found in _infer(model, [image])]
-    canvas = torch.zeros_like(torch.from_numpy(batch.images[0]))
-    return _infer(model, [*images, canvas])[:-1]
 
 
-def _infer(model: nn.Module, images: List[torch.Tensor]) -> List[Found]:
-    """What Detectron2 finds in a batch of these images."""
-    inputs = [{"image": image} for image in images]
+def _infer(model: nn.Module, image: torch.Tensor) -> Found:
+    inputs = [{"image": image}]
     if not getattr(getattr(model, "roi_heads", None), "mask_on", False):
-        return [_found(result["instances"]) for result in model.eval()(inputs)]
+        return _found(model.eval()(inputs)[0]["instances"])
     # Without post-processing: it pastes masks. What else it does here is to drop empty boxes.
-    results = model.eval().inference(inputs, do_postprocess=False)
-    return [_found(instances[instances.pred_boxes.nonempty()]) for instances in results]
+    (instances,) = model.eval().inference(inputs, do_postprocess=False)
+    return _found(instances[instances.pred_boxes.nonempty()])
 
 
 def _found(instances) -> Found:

@@ -77,8 +77,7 @@ def compare(
         for batch in batches:
             outputs, raw = graph.run(batch)
             cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
-            all_expected = detectron2_detections(model, batch, alone=detector.area.followed)
-            for i, expected in enumerate(all_expected):
+            for i, expected in enumerate(detectron2_detections(model, batch)):
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
                 tally.add(expected, detections(outputs, i), lines)
 

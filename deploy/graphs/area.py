@@ -1,10 +1,10 @@
 """Every image of a padded batch seen as if it were alone: outside of it there is nothing.
 
-Detectron2 pads an image to a multiple of the backbone's stride, a graph to a whole canvas. Of that
-a convolution sees something near the border only, but an average over the map sees it everywhere.
-So in networks with such averages they are taken over each image's own cells, and whatever reads
-neighbouring cells finds zeros outside, as it would at the end of a map: the same numbers on any
-canvas.
+Detectron2 pads an image to a multiple of the backbone's stride, a graph to a whole canvas. There
+biases soon make values of the padding, which convolutions carry into the image, and averages over
+the map take them in everywhere. So whatever reads neighbouring cells finds zeros outside of an
+image, as it would at the end of a map, and averages are taken over each image's own cells: the same
+numbers on any canvas.
 """
 
 from contextlib import contextmanager
@@ -27,16 +27,11 @@ class Area:
 
     def __init__(self, step: int):
         self.step = step
-        self.filled = False  # every image fills the canvas: there is nothing to be masked
+        self.filled = False  # every image fills the canvas, so that there is nothing to mask
         self.layers: List[_Layer] = []
         self._side = 0  # of the images that are watched; 0 when strides are known
         self._sizes = None
         self._masks: Dict[Tuple[int, torch.dtype], Tensor] = {}
-
-    @property
-    def followed(self) -> bool:
-        """Whether any layer asks; if not, nothing here changes a result."""
-        return bool(self.layers) and not self.filled
 
     @contextmanager
     def watch(self, side: int):
@@ -117,10 +112,8 @@ class _Share(_Layer):
 
 
 def follow(area: Area, parts: Iterable[nn.Module]) -> None:
-    """Make all layers inside `parts` follow the area, if any of them averages over maps."""
+    """Make all layers inside `parts` follow the area."""
     layers = [layer for part in parts for layer in part.modules()]
-    if not any(isinstance(layer, Mean) for layer in layers):
-        return
     for layer in layers:
         if isinstance(layer, Mean):
             layer.share = _Share(area)

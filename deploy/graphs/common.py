@@ -33,7 +33,7 @@ class ExportableDetector(nn.Module):
             `name_features`, raw predictions, and under their own names those outputs that a later
             head needed;
         detect(raw, image_sizes) -> the outputs, all that selects.
-    It also sets `num_classes`, `nms_threshold` and `max_detections`.
+    It also sets `levels` (of the dense head), `num_classes`, `nms_threshold` and `max_detections`.
 
     Args:
         student: the Detectron2 model. It is copied: the caller's stays as it was.
@@ -63,22 +63,26 @@ class ExportableDetector(nn.Module):
 
     @torch.no_grad()
     def follow_images(self) -> None:
-        """Have every image seen as if it were alone, where the network averages over maps.
+        """Have every image seen as if it were alone in its batch and padded by Detectron2.
 
-        To be called once, when the graph is whole. Such a network then gives for each image what
-        Detectron2 gives for a batch of that image alone; others, as Detectron2 does, what padding
-        to the canvas gives.
+        To be called once, when the graph is whole.
         """
-        follow(self.area, self.maps())
-        if self.area.followed:
-            strides = [shape.stride for shape in self.student.backbone.output_shape().values()]
-            side = 2 * max(*strides, self.size_divisibility)
-            with self.area.watch(side):
-                self.network(torch.zeros(1, 3, side, side), torch.tensor([[side, side]]))
+        follow(self.area, [self.student.backbone, self.dense_head])
+        strides = [shape.stride for shape in self.student.backbone.output_shape().values()]
+        side = 2 * max(*strides, self.size_divisibility)
+        with self.area.watch(side):
+            self.on_maps(torch.zeros(1, 3, side, side), torch.tensor([[side, side]]))
 
-    def maps(self) -> List[nn.Module]:
-        """The parts of `network` that work on maps of the whole image."""
-        raise NotImplementedError
+    @property
+    def dense_head(self) -> nn.Module:
+        """What predicts for every cell of the pyramid."""
+        return self.student.head
+
+    def on_maps(self, images: Tensor, image_sizes: Tensor):
+        """The first part of `network`: features by level, and what `dense_head` predicts."""
+        with self.area.of(image_sizes):
+            features = self.student.backbone(self.normalize(images, image_sizes))
+            return features, self.dense_head([features[level] for level in self.levels])
 
     @staticmethod
     def check_kind(student: nn.Module) -> None:
@@ -119,7 +123,7 @@ class ExportableDetector(nn.Module):
 
     def only_inside(self, logits: Tensor, stride: int, image_sizes: Tensor) -> Tensor:
         """Logits (B, A, H, W) of a map, `INVALID` in cells which an image alone would not have."""
-        if not self.area.followed:
+        if self.area.filled:
             return logits
         of_image = inside(image_sizes, self.area.step, stride, *logits.shape[-2:])
         return torch.where(of_image[:, None], logits, INVALID)

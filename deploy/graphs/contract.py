@@ -26,12 +26,10 @@ def make_spec(
 
     Raises:
         UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
-            from the config, or was given although sizes are dynamic; or those are for TensorRT; or
-            `filled` would change nothing.
+            from the config, or was given although sizes are dynamic; or those are for TensorRT, or
+            to be filled.
     """
     inputs, step = student.cfg.INPUT, detector.size_divisibility
-    if filled and not detector.area.followed:
-        raise UserError("--filled: no layer of this network averages over the map, leave it out")
     if filled and dynamic == "image":
         raise UserError("--filled needs a fixed canvas: give --dynamic batch or none")
     if dynamic == "image" and target == "tensorrt":

@@ -46,6 +46,7 @@ class ExportableRCNN(ExportableDetector):
 
     def __init__(self, student):
         super().__init__(student)
+        self.levels = list(self.rpn.in_features)
         _, predictor = self.stages(self.heads)[-1]
         self.num_classes = self.heads.num_classes
         self.nms_threshold = predictor.test_nms_thresh
@@ -61,6 +62,10 @@ class ExportableRCNN(ExportableDetector):
     @property
     def rpn(self):
         return self.student.proposal_generator
+
+    @property
+    def dense_head(self):
+        return self.rpn.rpn_head
 
     @property
     def heads(self):
@@ -87,9 +92,6 @@ class ExportableRCNN(ExportableDetector):
         if heads.mask_on:
             check_mask_head(heads)
 
-    def maps(self):
-        return [self.student.backbone, self.rpn.rpn_head]
-
     def network(self, images: Tensor, image_sizes: Tensor, **given: Tensor) -> Dict[str, Tensor]:
         """All raw predictions; with masks, the outputs that the mask head needs as well.
 
@@ -103,14 +105,11 @@ class ExportableRCNN(ExportableDetector):
             none; "class_logits": (B * R, classes + 1); "box_deltas": (B * R, classes * 4), or
             (B * R, 4) when class-agnostic; with masks "mask_logits": (B * K, classes or 1, M, M).
         """
-        levels = self.rpn.in_features
-        with self.area.of(image_sizes):
-            features = self.student.backbone(self.normalize(images, image_sizes))
-            objectness, deltas = self.rpn.rpn_head([features[level] for level in levels])
+        features, (objectness, deltas) = self.on_maps(images, image_sizes)
         raw = {
-            **name_features(features, {*levels, *self.heads.box_in_features}),
-            **{f"objectness.{level}": x for level, x in zip(levels, objectness)},
-            **{f"rpn_deltas.{level}": x for level, x in zip(levels, deltas)},
+            **name_features(features, {*self.levels, *self.heads.box_in_features}),
+            **{f"objectness.{level}": x for level, x in zip(self.levels, objectness)},
+            **{f"rpn_deltas.{level}": x for level, x in zip(self.levels, deltas)},
         }
         features = self._for_pooling(features, image_sizes)
         pyramid = [features[level] for level in self.heads.box_in_features]
@@ -145,7 +144,7 @@ class ExportableRCNN(ExportableDetector):
 
     def _for_pooling(self, features: Dict[str, Tensor], image_sizes: Tensor) -> Dict[str, Tensor]:
         """What RoIAlign reads at the ends of the images as it does at the ends of maps."""
-        if not self.area.followed:
+        if self.area.filled:
             return features
         shapes = self.student.backbone.output_shape()
         return features | {

@@ -52,15 +52,10 @@ class ExportableRetinaNet(ExportableDetector):
         require(student.head, RetinaNetHead, "the RetinaNet head")
         require(student.anchor_generator, DefaultAnchorGenerator, "MODEL.ANCHOR_GENERATOR.NAME")
 
-    def maps(self):
-        return [self.student.backbone, self.student.head]
-
     def network(self, images: Tensor, image_sizes: Tensor) -> Dict[str, Tensor]:
         """Per level "features.p3": (B, C, H, W), "logits.p3": (B, A * classes, H, W),
         "deltas.p3": (B, A * delta_dims, H, W) and what else is in `predictions`."""
-        with self.area.of(image_sizes):
-            features = self.student.backbone(self.normalize(images, image_sizes))
-            predictions = self.student.head([features[level] for level in self.levels])
+        features, predictions = self.on_maps(images, image_sizes)
         return name_features(features, self.levels) | {
             f"{kind}.{level}": x
             for kind, levels in zip(self.predictions, predictions)

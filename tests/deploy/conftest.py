@@ -82,16 +82,10 @@ def export_tiny(tmp_path_factory):
 
 
 def detectron2_outputs(model, images, sizes):
-    """Detectron2's detections as (boxes, scores, labels) per image, padded to the whole canvas.
-
-    Each image is alone if the model averages over maps: its graph then sees them so.
-    """
+    """Detectron2's detections as (boxes, scores, labels) of each image alone."""
     batch = [{"image": image[:, :h, :w]} for image, (h, w) in zip(images, sizes, strict=True)]
     with torch.no_grad():
-        if exportable(model).area.followed:
-            results = [model([image])[0] for image in batch]
-        else:
-            results = model([*batch, {"image": torch.zeros_like(images[0])}])[:-1]
+        results = [model([image])[0] for image in batch]
     found = [result["instances"] for result in results]
     return [(i.pred_boxes.tensor.numpy(), i.scores.numpy(), i.pred_classes.numpy()) for i in found]
 

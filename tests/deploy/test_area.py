@@ -1,4 +1,4 @@
-"""Networks that average over whole maps see each image of a padded batch as if it were alone."""
+"""Graphs see each image of a padded batch as if it were alone."""
 
 import copy
 
@@ -97,13 +97,6 @@ def test_every_layer_gives_what_it_gives_alone():
                 torch.testing.assert_close(own, wanted, rtol=0, atol=1e-12)
 
 
-def test_networks_without_averages_are_left_alone():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2))
-    area = Area(32)
-    follow(area, [network])
-    assert not area.followed and not any(m._forward_pre_hooks for m in network.modules())
-
-
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "seresnet18", "ese_vovnet19b_dw"])
 def test_written_out_blocks_are_timms(name):
     torch.manual_seed(0)
@@ -138,6 +131,7 @@ DETECTORS = {
     "RetinaNet": lambda: squeezed("RetinaNet"),
     "Faster R-CNN": lambda: squeezed("GeneralizedRCNN"),
     "FCOS": lambda: conditioned(tiny_cfg("FCOS")),
+    "Mask R-CNN": lambda: conditioned(tiny_cfg("Mask R-CNN")),
     "FCOS, ResNet": with_resnet,
     "RepPoints": lambda: conditioned(tiny_cfg("RepPoints")),
 }
@@ -148,7 +142,6 @@ def test_detections_do_not_depend_on_the_canvas(name):
     """In double precision, beside other images, on a canvas of twice the size."""
     model = DETECTORS[name]()
     detector = exportable(model)
-    assert detector.area.followed
     detector.double()
     images = scenes(3, seed=5).double()
     large = torch.full((3, 3, 192, 256), 99.0, dtype=torch.float64)

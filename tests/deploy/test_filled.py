@@ -1,9 +1,8 @@
-"""--filled: the graph for images that fill its canvas, where layers average over the map."""
+"""--filled: the graph for images that fill its canvas."""
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from deploy.checks.verify_images import verification_batches
 from deploy.errors import UserError
@@ -14,12 +13,10 @@ from deploy.verify import main as verify
 from tests.deploy.conftest import (
     CANVAS,
     assert_equal_detections,
-    conditioned,
+    detectron2_outputs,
     make_cfg,
     ort_outputs,
-    save_checkpoint,
     scenes,
-    toy_cfg,
 )
 
 FILLING = [CANVAS, (65, 128), (96, 97), (65, 97)]  # rounded up to 32
@@ -33,13 +30,7 @@ def filled(export_tiny):
 def test_its_detections_are_detectron2s_alone(filled):
     images = scenes(4, seed=3)
     outputs = ort_outputs(filled.path, images, FILLING)
-    with torch.no_grad():
-        results = [filled.model([{"image": x[:, :h, :w]}])[0] for x, (h, w) in zip(images, FILLING)]
-    found = [result["instances"] for result in results]
-    expected = [
-        (i.pred_boxes.tensor.numpy(), i.scores.numpy(), i.pred_classes.numpy()) for i in found
-    ]
-    assert_equal_detections(outputs, expected)
+    assert_equal_detections(outputs, detectron2_outputs(filled.model, images, FILLING))
 
 
 def test_it_masks_nothing(filled, exported):
@@ -73,16 +64,8 @@ def test_it_verifies_against_its_checkpoint(filled):
     assert verify([str(filled.path), str(filled.checkpoint)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("cfg", "options", "message"),
-    [
-        (lambda: toy_cfg("RetinaNet"), [], "no layer of this network averages over the map"),
-        (lambda: make_cfg("RetinaNet"), ["--dynamic", "image"], "--filled needs a fixed canvas"),
-    ],
-)
-def test_where_it_means_nothing_it_is_refused(tmp_path, capsys, cfg, options, message):
-    cfg = cfg()
-    path = save_checkpoint(conditioned(cfg), cfg, tmp_path / "student.pth")
-    assert main([str(path), "--filled", *options]) == 2
+def test_without_a_canvas_it_is_refused(filled, tmp_path, capsys):
+    options = ["--filled", "--dynamic", "image", "--output", str(tmp_path)]
+    assert main([str(filled.checkpoint), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert "--filled needs a fixed canvas" in line

@@ -41,7 +41,7 @@ def test_everything_around_the_network_keeps_float32(name):
         expected = single.network(images, sizes)
         given = {key: expected[key] for key in half.selections}
         actual = half.network(images, sizes, **given)
-        features = half.student.backbone(half.normalize(images, sizes))
+        features, _ = half.on_maps(images, sizes)
     assert {x.dtype for x in features.values()} == {torch.float32}
     assert half.student.pixel_mean.dtype == torch.float32
     assert next(half.student.backbone.parameters()).dtype == torch.float16

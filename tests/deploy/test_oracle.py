@@ -22,21 +22,18 @@ def test_threshold_is_set_and_put_back(model):
     assert model.roi_heads.box_predictor.test_score_thresh == 0.05
 
 
-def test_detectron2_sees_the_canvas_and_not_the_padding(model):
-    """A small image alone, on its own canvas and on a larger one: padding moves its boxes."""
-    image, noise = scenes(1, (64, 64))[0].numpy(), np.full((1, 3, 96, 128), 77, np.float32)
-    noise[0, :, :64, :64] = image
-    size = np.array([[64, 64]], np.int32)
-    (large,) = detectron2_detections(model, Batch(noise, size))
-    noise[0, :, 64:], noise[0, :, :, 64:] = 200, 200
-    (again,) = detectron2_detections(model, Batch(noise, size))
-    np.testing.assert_array_equal(large.boxes, again.boxes)
-    padded = torch.zeros(3, 96, 128)
+def test_detectron2_sees_each_image_alone(model):
+    """Neither the canvas' padding nor its size, nor the other image, which would move boxes."""
+    images, sizes = scenes(2).numpy(), np.array([[64, 64], [96, 128]], np.int32)
+    small, large = detectron2_detections(model, Batch(images, sizes))
     with torch.no_grad():
-        expected = model([{"image": torch.from_numpy(image)}, {"image": padded}])[0]["instances"]
-    np.testing.assert_array_equal(large.boxes, expected.pred_boxes.tensor.numpy())
-    (own,) = detectron2_detections(model, Batch(image[None], size))
-    assert len(own.scores) > 5 and not np.array_equal(own.boxes, large.boxes)
+        alone = {"image": torch.from_numpy(images[0, :, :64, :64].copy())}
+        expected = model([alone])
+        together = model([alone, {"image": torch.from_numpy(images[1])}])
+    boxes, padded = (x[0]["instances"].pred_boxes.tensor.numpy() for x in (expected, together))
+    np.testing.assert_array_equal(small.boxes, boxes)
+    assert len(small.scores) > 5 and not np.array_equal(padded, boxes)
+    assert len(large.scores) > 5
 
 
 def test_raw_errors_are_measured_against_float64_on_the_graphs_own_boxes(model):
