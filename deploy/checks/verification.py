@@ -79,7 +79,9 @@ def compare(
             cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
             for i, expected in enumerate(detectron2_detections(model, batch)):
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
-                tally.add(expected, detections(outputs, i), lines)
+                missing = np.array(batch.images.shape[2:]) - batch.image_sizes[i]
+                padded = bool((missing >= spec.size_divisibility).any())
+                tally.add(expected, detections(outputs, i), lines, padded)
 
 
 def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:

@@ -16,6 +16,11 @@ _NOISE = 10  # times a gate; on chaotic weights float noise alone reached 4 time
 # Roundings of the largest value that are never held against the graph. On flat image areas the
 # terms of a sum have one sign: ONNX Runtime was seen to lose 42 there, with any graph, and torch 4.
 _ROUNDINGS = 128
+_OTHER_AVERAGES = (
+    ". Images that fill the canvas agree: some layer looks at the whole map, padding included, by "
+    "other means than group norm and squeeze-and-excitation; if all your images fill it, give "
+    "--filled"
+)
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Tally:
     matched: int = 0
     excused: int = 0  # unmatched ones within rounding of a decision
     unmatched: int = 0  # the others, of either side
+    padded: int = 0  # of the unmatched, those in images that do not fill the canvas
     examples: List[str] = field(default_factory=list)  # the first few of the last two kinds
     box_error: float = 0.0  # pixels, largest over matched detections
     score_error: float = 0.0
@@ -39,8 +45,8 @@ class Tally:
         """Matched share of the detections that nothing excuses; 1 if there are none."""
         return self.matched / max(self.matched + self.unmatched, 1)
 
-    def add(self, expected: Found, actual: Found, lines: Decisions) -> None:
-        """Count the detections of one more image."""
+    def add(self, expected: Found, actual: Found, lines: Decisions, padded: bool = False) -> None:
+        """Count the detections of one more image, which may be padded to the canvas."""
         matching = match_detections(expected, actual)
         self.expected += len(expected.scores)
         self.matched += len(matching.pairs)
@@ -58,6 +64,7 @@ class Tally:
             own = expected if side == "missing" else actual
             self.excused += excused
             self.unmatched += not excused
+            self.padded += padded and not excused
             if len(self.examples) < 5:
                 self.examples.append(
                     f"{side}: class {own.labels[row]}, score {own.scores[row]:.4f}, box "
@@ -177,4 +184,5 @@ def decide(tally: Tally, gates: List[Gate], broken: List[str]) -> Tuple[str, str
             "as close to float64 as PyTorch's, but the weights amplify rounding"
         )
     example = f"; {tally.examples[0]}" if tally.examples else ""
-    return "the graph differs", f"over the gate: {', '.join(failed)}{example}"
+    hint = _OTHER_AVERAGES if 0 < tally.unmatched == tally.padded else ""
+    return "the graph differs", f"over the gate: {', '.join(failed)}{example}{hint}"
