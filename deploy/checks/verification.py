@@ -79,9 +79,11 @@ def compare(
             cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
             for i, expected in enumerate(detectron2_detections(model, batch)):
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
+                before = tally.unmatched
+                tally.add(expected, detections(outputs, i), lines)
                 missing = np.array(batch.images.shape[2:]) - batch.image_sizes[i]
-                padded = bool((missing >= spec.size_divisibility).any())
-                tally.add(expected, detections(outputs, i), lines, padded)
+                if (missing >= spec.size_divisibility).any():
+                    tally.padded += tally.unmatched - before
 
 
 def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:

@@ -45,8 +45,8 @@ class Tally:
         """Matched share of the detections that nothing excuses; 1 if there are none."""
         return self.matched / max(self.matched + self.unmatched, 1)
 
-    def add(self, expected: Found, actual: Found, lines: Decisions, padded: bool = False) -> None:
-        """Count the detections of one more image, which may be padded to the canvas."""
+    def add(self, expected: Found, actual: Found, lines: Decisions) -> None:
+        """Count the detections of one more image."""
         matching = match_detections(expected, actual)
         self.expected += len(expected.scores)
         self.matched += len(matching.pairs)
@@ -64,7 +64,6 @@ class Tally:
             own = expected if side == "missing" else actual
             self.excused += excused
             self.unmatched += not excused
-            self.padded += padded and not excused
             if len(self.examples) < 5:
                 self.examples.append(
                     f"{side}: class {own.labels[row]}, score {own.scores[row]:.4f}, box "

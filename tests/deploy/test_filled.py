@@ -13,10 +13,13 @@ from deploy.verify import main as verify
 from tests.deploy.conftest import (
     CANVAS,
     assert_equal_detections,
+    conditioned,
     detectron2_outputs,
     make_cfg,
     ort_outputs,
+    save_checkpoint,
     scenes,
+    toy_cfg,
 )
 
 FILLING = [CANVAS, (65, 128), (96, 97), (65, 97)]  # rounded up to 32
@@ -69,3 +72,13 @@ def test_without_a_canvas_it_is_refused(filled, tmp_path, capsys):
     assert main([str(filled.checkpoint), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--filled needs a fixed canvas" in line
+
+
+def test_a_graph_that_padding_changes_is_refused_with_the_reason(tmp_path, capsys, monkeypatch):
+    """As that of a network with a layer that cannot be masked."""
+    monkeypatch.setattr("deploy.graphs.common.follow", lambda area, parts: None)
+    cfg = toy_cfg("RetinaNet")
+    path = save_checkpoint(conditioned(cfg), cfg, tmp_path / "student.pth")
+    assert main([str(path)]) == 4
+    assert "Images that fill the canvas agree" in capsys.readouterr().err
+    assert main([str(path), "--filled", "--force"]) == 0
