@@ -3,7 +3,7 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from deploy.errors import UserError
 
@@ -19,6 +19,11 @@ _CHOICES = {
     "precision": ("fp32", "fp16", "int8"),
     "target": ("onnx", "tensorrt"),
 }
+
+
+def fills(size: Sequence[int], canvas: Sequence[int], step: int) -> bool:
+    """Whether an image of this (height, width), rounded up to `step`, is as large as the canvas."""
+    return all(0 <= whole - side < step for side, whole in zip(size, canvas))
 
 
 @dataclass
@@ -88,12 +93,6 @@ class ModelSpec:
             )
         if self.filled and self.height is None:
             raise UserError("model spec: filled is true, but there is no fixed canvas to be filled")
-
-    def fills(self, height: int, width: int) -> bool:
-        """Whether an image of this size is one that the graph takes."""
-        step = self.size_divisibility
-        missing = ((self.height or 0) - height, (self.width or 0) - width)
-        return not self.filled or all(0 <= side < step for side in missing)
 
     @property
     def output_names(self) -> Tuple[str, ...]:

@@ -19,7 +19,7 @@ from deploy.checks.verify_images import Batch, verification_batches
 from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
 from deploy.graphs import exportable, exportable_class
 from deploy.graphs.nms_rounds import Rounds
-from deploy.spec import ModelSpec
+from deploy.spec import ModelSpec, fills
 
 
 def verify(
@@ -81,8 +81,8 @@ def compare(
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
                 before = tally.unmatched
                 tally.add(expected, detections(outputs, i), lines)
-                missing = np.array(batch.images.shape[2:]) - batch.image_sizes[i]
-                if (missing >= spec.size_divisibility).any():
+                canvas = batch.images.shape[2:]
+                if not fills(batch.image_sizes[i], canvas, spec.size_divisibility):
                     tally.padded += tally.unmatched - before
 
 

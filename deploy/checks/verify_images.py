@@ -33,15 +33,16 @@ def verification_batches(
     """
     rng = np.random.default_rng(0)
     height, width = _largest(spec)
-    shapes = [
-        (height, width),
-        (height, max(width // 2, 1)),
-        (max(2 * height // 3, 1), width),
-        (min(_SMALLEST, height), min(_SMALLEST, width)),
-    ]
     if spec.filled:
         less = spec.size_divisibility - 1
         shapes = [(height - a, width - b) for a in (0, less) for b in (0, less)]
+    else:
+        shapes = [
+            (height, width),
+            (height, max(width // 2, 1)),
+            (max(2 * height // 3, 1), width),
+            (min(_SMALLEST, height), min(_SMALLEST, width)),
+        ]
     drawn = [draw_scene(rng, shape) for shape in shapes]
     # Not one value everywhere: of equal scores in whole rows any may be kept, in Detectron2 too.
     blank = np.random.default_rng(1).integers(112, 117, (height, width, 3), np.uint8)

@@ -113,8 +113,7 @@ class _Share(_Layer):
 
 def follow(area: Area, parts: Iterable[nn.Module]) -> None:
     """Make all layers inside `parts` follow the area."""
-    layers = [layer for part in parts for layer in part.modules()]
-    for layer in layers:
+    for layer in nn.ModuleList(parts).modules():
         if isinstance(layer, Mean):
             layer.share = _Share(area)
         elif isinstance(layer, nn.MaxPool2d):
@@ -159,12 +158,7 @@ def extend(x: Tensor, image_sizes: Tensor, step: int, stride: int) -> Tensor:
     For RoIAlign, which reads up to half a cell beyond: at the end of a map it takes the last cell.
     """
     for dim, within in enumerate(_inside(image_sizes, step, stride, *x.shape[-2:]), 2):
-        before, shifted = _shift(within, 1), _shift(x, dim)
-        first = (before & ~within).unflatten(1, (1, -1, 1) if dim == 2 else (1, 1, -1))
-        x = torch.where(first, shifted, x)
+        first = within.roll(1, 1) & ~within  # cell 0 is always inside, so what wraps around is not
+        first = first.unflatten(1, (1, -1, 1) if dim == 2 else (1, 1, -1))
+        x = torch.where(first, x.roll(1, dim), x)
     return x
-
-
-def _shift(x: Tensor, dim: int) -> Tensor:
-    """Everything one further along `dim`; the first stays."""
-    return torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 0, x.shape[dim] - 1)), dim=dim)

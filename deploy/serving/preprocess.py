@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deploy.errors import UserError
-from deploy.spec import ModelSpec
+from deploy.spec import ModelSpec, fills
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -161,7 +161,7 @@ def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
             f"image {height}x{width} (height x width) is too thin: it would be resized "
             f"to {shape[0]}x{shape[1]}"
         )
-    if not spec.fills(*shape):
+    if spec.filled and not fills(shape, canvas, spec.size_divisibility):
         raise UserError(
             f"image {height}x{width} (height x width) becomes {shape[0]}x{shape[1]} and does not "
             f"fill the canvas of {spec.height}x{spec.width}; export without --filled"
