@@ -1,6 +1,7 @@
 """Who may import what: clients of a graph need no torch and no Detectron2, fgd needs no deploy."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,59 @@ def test_no_deploy_file_hides_a_module_that_others_import():
     hidden = TRAINING | STDLIB_ONLY | set(sys.stdlib_module_names) | {"onnxscript", "hypothesis"}
     names = {path.stem for path in (ROOT / "deploy").iterdir() if path.name != "__pycache__"}
     assert "runtime" in names and names & hidden == set()
+
+
+FGD = ROOT / "projects" / "FGD" / "fgd"
+
+
+def order_of_rooms():
+    """The folders from the ground up, as fgd/__init__.py states them."""
+    text = ast.get_docstring(ast.parse((FGD / "__init__.py").read_text()))
+    return re.findall(r"\w+", text.splitlines()[-1])
+
+
+def imported_modules(path):
+    """Dotted names below fgd of everything that a file imports from it, nested imports included."""
+    package = path.relative_to(FGD).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            parts = (*base, *(node.module or "").split(".")) if node.module else base
+            yield from ([".".join((*parts, x.name)) for x in node.names] if node.names else ())
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fgd"):
+            yield from (f"{node.module}.{x.name}".removeprefix("fgd.") for x in node.names)
+
+
+def test_no_import_runs_back_up():
+    """Each folder imports lower ones, and what lies beside the folders, but not the command."""
+    order = order_of_rooms()
+    assert sorted(order) == sorted(x.name for x in FGD.iterdir() if (x / "__init__.py").exists())
+    count = 0
+    for path in sorted(FGD.rglob("*.py")):
+        room = path.relative_to(FGD).parts[0]
+        if room not in order:
+            continue
+        for name in imported_modules(path):
+            target = name.split(".")[0]
+            assert target not in ("cli", "job", "__init__"), (path, name)
+            if target in order:
+                assert order.index(target) <= order.index(room), (path, name)
+                count += target != room
+    assert count > 50, "vacuous: the imports were not found"
+
+
+def test_what_lies_beside_the_folders_imports_none_of_them():
+    for path in FGD.glob("*.py"):
+        if path.stem not in ("__init__", "cli", "job"):
+            rooms = {name.split(".")[0] for name in imported_modules(path)} & set(order_of_rooms())
+            assert not rooms, path
+
+
+def test_nothing_knows_a_method_by_name():
+    """But its own file or folder, and what exists for it: FGD's bench of its loss."""
+    own = {FGD / "__init__.py", *(FGD / "bench").glob("*.py")}
+    for path in sorted(FGD.rglob("*.py")):
+        if "methods" in path.parts or path in own:
+            continue
+        for name in imported_modules(path):
+            assert not re.match(r"methods\.(?!method|batch)", name), (path, name)

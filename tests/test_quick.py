@@ -16,7 +16,7 @@ def lines(classification, distillation=None):
         line |= {"loss_box_reg": 10 + position, "lr": 0.1}
         if distillation:
             line["loss_fgd_foreground"] = distillation[position]
-            line["fgd/p3"] = 7.0
+            line["distill/p3"] = 7.0
         yield line
     yield {"bbox/AP": 3.0}
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from detectron2.engine.train_loop import HookBase
 
+from tests.fgd.training import distilled, training_cfg
 from tools.soak_memory import Sample, check_counts, watch
-
-from .fgd.training import distilled, training_cfg
 
 OPTS = ("SOLVER.MAX_ITER", 30, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 12)
 OPTS += ("SOLVER.BASE_LR", 1e-7)

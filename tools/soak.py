@@ -24,8 +24,8 @@ from torch import nn
 from fgd.engine.run_folder import newest_checkpoint, read_checkpoint
 from fgd.errors import UserError
 from fgd.files import atomic_write, remove_stale_temporaries
-from tests.fgd import killing
-from tests.fgd.test_checkpoint import full_disk, make_checkpointer
+from tests.fgd.engine import killing
+from tests.fgd.engine.test_checkpoint import full_disk, make_checkpointer
 from tools.soak_memory import soak as soak_memory
 
 

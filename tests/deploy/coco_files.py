@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from tests.deploy.fake_graph import CLASSES, FRACTIONS
+from .fake_graph import CLASSES, FRACTIONS
 
 SIZES = ((64, 96), (64, 64), (120, 100))  # height, width
 CATEGORY_IDS = (7, 3, 12)  # of CLASSES: neither contiguous nor in order

@@ -13,7 +13,8 @@ from deploy.graphs.area import Area, _inside, extend, follow, inside
 from deploy.graphs.means import Mean, write_out_means
 from deploy.graphs.tiny import conditioned, tiny_cfg
 from fgd.detectors.backbones import group_norm
-from tests.deploy.conftest import make_cfg, scenes
+
+from .conftest import make_cfg, scenes
 
 SIZES = [(96, 128), (96, 70), (50, 128), (33, 31), (1, 1)]
 

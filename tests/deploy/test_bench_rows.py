@@ -9,7 +9,8 @@ from deploy.errors import UserError
 from deploy.runtime import OrtDetector
 from deploy.speed.bench_rows import GRAPH, Contender, binding_call, bound_call, short_names
 from deploy.speed.footprint import measure_alone
-from tests.deploy.fake_graph import fake_spec, write_fake_graph
+
+from .fake_graph import fake_spec, write_fake_graph
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from deploy.runtime import OrtDetector
 from deploy.speed import baselines
 from deploy.speed.bench_rows import BASELINES, COMPILE, EAGER, GRAPH, LEGACY, SCRIPT
 from deploy.speed.subgraph import network_only
-from tests.deploy.coco_files import write_dataset
-from tests.deploy.conftest import ARCHITECTURES
-from tests.deploy.fake_graph import fake_spec, write_fake_graph
+
+from .coco_files import write_dataset
+from .conftest import ARCHITECTURES
+from .fake_graph import fake_spec, write_fake_graph
 
 QUICK = ("--repeats", 3, "--warmup", 1, "--threads", 1)
 

@@ -13,8 +13,9 @@ from deploy.client import TritonDetector, decode_response, encode_request, send
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector
 from deploy.serving.triton_repository import main as write_repository
-from tests.deploy.fake_graph import fake_spec, write_fake_graph
-from tests.deploy.triton_server import LENGTH, TritonStandIn, serve
+
+from .fake_graph import fake_spec, write_fake_graph
+from .triton_server import LENGTH, TritonStandIn, serve
 
 URL = "http://server:8000/v2/models/toy"
 ANY_SIZE = {"dynamic": "image", "height": None, "width": None}

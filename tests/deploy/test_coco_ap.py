@@ -14,8 +14,9 @@ from detectron2.structures import Boxes, Instances
 from deploy.coco_ap import METRICS, coco_metrics
 from deploy.coco_data import load_dataset
 from deploy.serving.paste import encode_rle
-from tests.deploy.coco_files import SIZES, write_dataset
-from tests.deploy.fake_graph import CLASSES, FRACTIONS
+
+from .coco_files import SIZES, write_dataset
+from .fake_graph import CLASSES, FRACTIONS
 
 NOTHING = (np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 

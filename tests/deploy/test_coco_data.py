@@ -6,8 +6,9 @@ import pytest
 
 from deploy.coco_data import load_dataset
 from deploy.errors import UserError
-from tests.deploy.coco_files import CATEGORY_IDS, SIZES, truth, write_dataset
-from tests.deploy.fake_graph import CLASSES
+
+from .coco_files import CATEGORY_IDS, SIZES, truth, write_dataset
+from .fake_graph import CLASSES
 
 
 def test_json_beside_its_images(tmp_path):

@@ -10,8 +10,9 @@ from pycocotools.cocoeval import COCOeval
 
 from deploy import predict
 from deploy.serving.coco_results import CocoIds
-from tests.deploy.coco_files import truth, write_dataset
-from tests.deploy.fake_graph import write_fake_graph
+
+from .coco_files import truth, write_dataset
+from .fake_graph import write_fake_graph
 
 
 @pytest.fixture

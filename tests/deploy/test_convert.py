@@ -4,7 +4,8 @@ import torch
 
 from deploy.errors import ParityError
 from deploy.graphs.convert import RAW, expose_raw, to_onnx
-from tests.deploy.test_spec import _spec
+
+from .test_spec import _spec
 
 
 def test_raw_predictions_are_inner_values_until_exposed(exported):

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from deploy import evaluate
-from tests.deploy.coco_files import truth, write_dataset
-from tests.deploy.conftest import ARCHITECTURES, scenes
-from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
+
+from .coco_files import truth, write_dataset
+from .conftest import ARCHITECTURES, scenes
+from .fake_graph import FRACTIONS, fake_spec, write_fake_graph
 
 
 @pytest.fixture

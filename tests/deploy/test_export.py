@@ -19,7 +19,8 @@ from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.load import load_student
 from deploy.spec import ModelSpec
-from tests.deploy.conftest import (
+
+from .conftest import (
     ARCHITECTURES,
     CANVAS,
     CLASSES,
@@ -27,7 +28,7 @@ from tests.deploy.conftest import (
     save_checkpoint,
     toy_cfg,
 )
-from tests.deploy.test_verification import change
+from .test_verification import change
 
 ROOT = Path(__file__).parents[2]
 

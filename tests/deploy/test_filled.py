@@ -10,7 +10,8 @@ from deploy.export import main
 from deploy.runtime import OrtDetector
 from deploy.serving.preprocess import prepare
 from deploy.verify import main as verify
-from tests.deploy.conftest import (
+
+from .conftest import (
     CANVAS,
     assert_equal_detections,
     conditioned,

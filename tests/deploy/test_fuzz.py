@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from deploy import predict
-from tests.deploy.fake_graph import write_fake_graph
+
+from .fake_graph import write_fake_graph
 
 COUNT = int(os.environ.get("FUZZ_IMAGES", 1000))
 SEED = int(os.environ.get("FUZZ_SEED", 0))

@@ -12,8 +12,9 @@ from deploy.checks.graph_under_test import (
 )
 from deploy.checks.verify_images import Batch
 from deploy.errors import UserError
-from tests.deploy.conftest import scenes
-from tests.deploy.test_spec import _spec
+
+from .conftest import scenes
+from .test_spec import _spec
 
 SIZES = np.array([[96, 128]], np.int32)
 

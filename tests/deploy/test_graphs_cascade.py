@@ -11,14 +11,15 @@ from deploy.checks.verify_images import Batch
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
-from tests.deploy.conftest import (
+
+from .conftest import (
     SIZES,
     assert_equal_detections,
     assert_equal_masks,
     detectron2_outputs,
     ort_outputs,
 )
-from tests.deploy.test_verification import change
+from .test_verification import change
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from torch import nn
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.common import anchors_at, clip, decode, dense, finish, nonempty, require
-from tests.deploy.conftest import (
+
+from .conftest import (
     ARCHITECTURES,
     CANVAS,
     SIZES,

@@ -9,8 +9,9 @@ from deploy.checks.verification import verify
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
-from tests.deploy.conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
-from tests.deploy.test_verification import change
+
+from .conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
+from .test_verification import change
 
 
 @pytest.mark.parametrize("norm", ["GN", "BN", ""])

@@ -11,8 +11,9 @@ from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.masks import mask_probabilities
 from deploy.graphs.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg
-from tests.deploy.conftest import SIZES, assert_equal_masks, ort_outputs
-from tests.deploy.test_verification import change, nodes
+
+from .conftest import SIZES, assert_equal_masks, ort_outputs
+from .test_verification import change, nodes
 
 
 @pytest.mark.parametrize("agnostic", [False, True])

@@ -4,7 +4,8 @@ from detectron2.structures import Boxes
 
 from deploy.graphs import exportable, rcnn
 from deploy.graphs.regions import pool
-from tests.deploy.conftest import (
+
+from .conftest import (
     CANVAS,
     SIZES,
     assert_equal_detections,

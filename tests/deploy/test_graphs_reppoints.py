@@ -11,8 +11,9 @@ from deploy.graphs.reppoints import ExportableRepPoints, SampledConv, sampling_g
 from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.trt_lint import lint
 from fgd.detectors.reppoints.head import DeformConv
-from tests.deploy.conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
-from tests.deploy.test_verification import change
+
+from .conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
+from .test_verification import change
 
 
 def reppoints(**changes):

@@ -5,7 +5,8 @@ from detectron2.layers import CycleBatchNormList
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.retinanet import LevelBatchNorm
-from tests.deploy.conftest import (
+
+from .conftest import (
     CANVAS,
     SIZES,
     assert_equal_detections,

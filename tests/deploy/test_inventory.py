@@ -6,7 +6,8 @@ from onnx import numpy_helper
 
 from deploy.checks.inventory import take_inventory
 from deploy.graphs import exportable
-from tests.deploy.conftest import ARCHITECTURES, make_cfg
+
+from .conftest import ARCHITECTURES, make_cfg
 
 COUNTED = ("kept", "folded", "redundant", "unused")
 

@@ -3,7 +3,8 @@ import torch
 from detectron2.modeling import build_model
 
 from deploy.load import load_student
-from tests.deploy.conftest import CLASSES, save_checkpoint, toy_cfg
+
+from .conftest import CLASSES, save_checkpoint, toy_cfg
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from deploy import matrix
 from deploy.graphs import EXPORTABLE, exportable_class
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.tiny import TINY, tiny_cfg
-from tests.deploy.test_verification import change
+
+from .test_verification import change
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from deploy.checks.oracle import RawJudge, detectron2_detections, score_threshol
 from deploy.checks.verify_images import Batch
 from deploy.graphs import exportable, rcnn
 from deploy.graphs.convert import RAW
-from tests.deploy.conftest import conditioned, scenes, toy_cfg
+
+from .conftest import conditioned, scenes, toy_cfg
 
 
 @pytest.fixture(scope="module")

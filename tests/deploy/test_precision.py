@@ -24,7 +24,8 @@ from deploy.reduced.precision_gates import ApLoss, _decide
 from deploy.reduced.quantize import int8_model
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from tests.deploy.conftest import CANVAS, CLASSES
+
+from .conftest import CANVAS, CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from pycocotools import mask as coco_mask
 from deploy import predict
 from deploy.checks.verify_images import draw_scene
 from deploy.runtime import OrtDetector
-from tests.deploy.fake_graph import CLASSES, FRACTIONS, write_fake_graph
+
+from .fake_graph import CLASSES, FRACTIONS, write_fake_graph
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from PIL import Image
 
 from deploy import predict
 from deploy.runtime import OrtDetector
-from tests.deploy.fake_graph import write_fake_graph
+
+from .fake_graph import write_fake_graph
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from deploy.errors import UserError
 from deploy.serving.preprocess import load_image, make_batch, prepare, resized_shape
-from tests.deploy.fake_graph import fake_spec
+
+from .fake_graph import fake_spec
 
 
 def noise(height, width, seed=0):

@@ -8,7 +8,8 @@ from deploy.evaluate import load_eager
 from deploy.export import main
 from deploy.load import load_student
 from deploy.runtime import OrtDetector
-from tests.deploy.conftest import conditioned, save_checkpoint, toy_cfg
+
+from .conftest import conditioned, save_checkpoint, toy_cfg
 
 FEWER = 12
 

@@ -14,7 +14,8 @@ from deploy.graphs.convert import expose_raw
 from deploy.reduced.calibrate import Reader
 from deploy.reduced.layers import check_precision, weighted_layers
 from deploy.reduced.quantize import RECIPES, fold_batch_norms, int8_model
-from tests.deploy.conftest import CANVAS, scenes
+
+from .conftest import CANVAS, scenes
 
 INT8 = onnx.TensorProto.INT8
 

@@ -7,8 +7,9 @@ import pytest
 from deploy.checks.graph_difference import compare_initializers
 from deploy.checks.quantized_weights import with_float_weights
 from deploy.reduced.quantize import RECIPES, fold_batch_norms
-from tests.deploy.test_quantize import int8, pictures  # noqa: F401  fixtures
-from tests.deploy.test_verification import change
+
+from .test_quantize import int8, pictures  # noqa: F401  fixtures
+from .test_verification import change
 
 
 def compare(model, single):

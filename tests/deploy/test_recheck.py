@@ -17,8 +17,9 @@ from deploy.checks.recheck import Reference, compare_graph, read_graph
 from deploy.errors import UserError
 from deploy.load import load_student
 from deploy.runtime import OrtDetector
-from tests.deploy.conftest import ARCHITECTURES
-from tests.deploy.test_verification import change, nodes, wrong_sampling_ratio
+
+from .conftest import ARCHITECTURES
+from .test_verification import change, nodes, wrong_sampling_ratio
 
 HEADS = {"RetinaNet": "student.head", "GeneralizedRCNN": "student.roi_heads.box_predictor"}
 

@@ -6,7 +6,8 @@ from detectron2.modeling import build_model
 
 from deploy.export import main
 from deploy.graphs.tiny import tiny_cfg
-from tests.deploy.conftest import save_checkpoint
+
+from .conftest import save_checkpoint
 
 
 def keypoints(cfg):

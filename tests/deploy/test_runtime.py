@@ -19,8 +19,9 @@ from deploy.runtime import OrtDetector
 from deploy.serving.detector import rescale
 from deploy.serving.preprocess import make_batch, prepare
 from fgd.config import load_config_text
-from tests.deploy.conftest import ARCHITECTURES
-from tests.deploy.fake_graph import FRACTIONS, fake_spec, write_fake_graph
+
+from .conftest import ARCHITECTURES
+from .fake_graph import FRACTIONS, fake_spec, write_fake_graph
 
 NO_CANVAS = {"dynamic": "image", "height": None, "width": None}
 

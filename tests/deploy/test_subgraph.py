@@ -7,7 +7,8 @@ import pytest
 
 from deploy.errors import UserError
 from deploy.speed.subgraph import network_only
-from tests.deploy.fake_graph import write_fake_graph
+
+from .fake_graph import write_fake_graph
 
 
 @pytest.fixture

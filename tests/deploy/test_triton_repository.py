@@ -12,8 +12,9 @@ import pytest
 from deploy.serving import triton_repository
 from deploy.serving.triton_repository import main
 from deploy.spec import ModelSpec
-from tests.deploy.fake_graph import CLASSES, fake_spec, write_fake_graph
-from tests.deploy.triton_server import DATA_TYPES, KINDS, read_config
+
+from .fake_graph import CLASSES, fake_spec, write_fake_graph
+from .triton_server import DATA_TYPES, KINDS, read_config
 
 ROOT = Path(__file__).parents[2]
 ORT_TYPES = {"TYPE_FP32": "tensor(float)", "TYPE_UINT8": "tensor(uint8)"}

@@ -16,8 +16,9 @@ from deploy.graphs.trt_build import build_commands
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
 from deploy.trt_lint import lint
-from tests.deploy.conftest import conditioned
-from tests.deploy.test_spec import _spec
+
+from .conftest import conditioned
+from .test_spec import _spec
 
 NAMES = ("RetinaNet", "Mask R-CNN")
 SIZES = np.array([[96, 128], [96, 70], [50, 128]], np.int32)

@@ -10,7 +10,8 @@ from onnx import helper, numpy_helper
 
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import draw_scene
-from tests.deploy.conftest import ARCHITECTURES
+
+from .conftest import ARCHITECTURES
 
 
 def change(model, name, function):

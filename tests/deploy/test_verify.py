@@ -10,7 +10,8 @@ import torch
 import deploy.verify
 from deploy.checks.recheck import Reference
 from deploy.verify import main
-from tests.deploy.test_verification import change
+
+from .test_verification import change
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from deploy.checks.verify_images import draw_scene, verification_batches
-from tests.deploy.test_spec import _spec
+
+from .test_spec import _spec
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])

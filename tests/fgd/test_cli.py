@@ -11,11 +11,11 @@ import torch
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
-from fgd import cli, job
+from fgd import cli, files, job
 from fgd.config import load_config
 from fgd.errors import UserError
+from tests.fgd.engine.killing import metrics
 
-from .killing import metrics
 from .training import assert_equal, distilled, training_cfg
 
 pytestmark = pytest.mark.usefixtures("forget_loggers")
@@ -131,7 +131,7 @@ def test_debug_adds_the_traceback(config_file, capfd):
 
 
 def test_unexpected_errors_are_exit_code_1_with_traceback(config_file, capfd, monkeypatch):
-    monkeypatch.setattr(job, "FGDTrainer", lambda cfg: 1 / 0)
+    monkeypatch.setattr(job, "FGDTrainer", lambda *args: 1 / 0)
     code, err = run(capfd, "--config-file", config_file)
     assert code == 1 and "error: division by zero" in err and "ZeroDivisionError" in err
 
@@ -184,10 +184,10 @@ def test_results_are_valid_json_whatever_the_metrics(tmp_path):
 
 
 def test_output_dir_is_made_and_proved_writable(tmp_path):
-    job.check_output_dir(str(tmp_path / "a" / "b"))
+    files.check_output_dir(str(tmp_path / "a" / "b"))
     assert os.listdir(tmp_path / "a" / "b") == []
     with pytest.raises(UserError, match="not a local folder"):
-        job.check_output_dir("")
+        files.check_output_dir("")
 
 
 def test_a_refused_run_changes_nothing_and_says_what_to_do(tmp_path, config_file, capfd):
@@ -249,7 +249,7 @@ def _check_as_nobody(path, answer):
     if os.getuid() == 0:  # for whom no folder is read-only
         os.setuid(65534)
     try:
-        job.check_output_dir(path)
+        files.check_output_dir(path)
     except UserError as error:
         answer.put(str(error))
     else:
@@ -272,4 +272,4 @@ def test_a_read_only_folder_is_refused(mode, message):
     finally:
         os.rmdir(folder)
     with pytest.raises(UserError, match="cannot write there"):
-        job.check_output_dir("/proc/no/such/place")
+        files.check_output_dir("/proc/no/such/place")

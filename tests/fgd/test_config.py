@@ -114,8 +114,8 @@ def test_triton_needs_cuda_and_triton(monkeypatch):
         check_config(cfg)
     cfg.MODEL.DEVICE = "cuda"
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fgd.loss.sweep_triton")
-    monkeypatch.delattr("fgd.loss.sweep_triton")
+    monkeypatch.delitem(sys.modules, "fgd.methods.fgd.sweep_triton")
+    monkeypatch.delattr("fgd.methods.fgd.sweep_triton")
     with pytest.raises(UserError, match="IMPLEMENTATION triton: .*triton"):
         check_config(cfg)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fgd.cli import build_parser
+from tests.fgd.data.test_workers import is_running, wait_until
+from tests.fgd.engine.test_trainer import assert_equal, load
 
-from .test_trainer import assert_equal, load
-from .test_workers import is_running, wait_until
 from .training import training_cfg
 
 TRAIN_NET = str(Path(__file__).parents[2] / "projects" / "FGD" / "train_net.py")

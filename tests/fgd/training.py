@@ -10,8 +10,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from fgd.data.datasets import register_from_config
-
-from ..conftest import make_tiny_cfg
+from tests.conftest import make_tiny_cfg
 
 CLASSES = ["square", "disc", "cross"]
 

@@ -1,12 +1,33 @@
-"""FGD for Detectron2. Importing it registers the Distiller and the timm FPN backbones."""
+"""FGD for Detectron2. Importing it registers methods, the Distiller, backbones and config keys.
+
+Folders from the ground up; each imports only those before it (tests/test_imports.py):
+processes, data, detectors, methods, distillation, engine, visualize, doctor, study, bench.
+"""
 
 from .compat import lend_deform_conv
-from .config import add_fgd_config, get_fgd_cfg, load_config, student_config
+from .config import Keys, add_fgd_config, get_fgd_cfg, hand_in, load_config, student_config
+from .data.datasets import add_data_config
+from .detectors.backbones import add_timm_config
+from .detectors.fcos import add_fcos_config
+from .detectors.reppoints import add_reppoints_config
+from .distillation.config import add_distiller_config, check_distiller
 from .distillation.distiller import Distiller
-from .distillation.methods import FGD, METHOD_REGISTRY
+from .doctor.settings import add_doctor_config, check_doctor
+from .engine.solver import add_solver_config, check_solver
 from .errors import DivergedError, UserError
-from .loss.terms import FGDLevelLoss, Weights
+from .methods import METHOD_REGISTRY
+from .methods.fgd import FGD
+from .methods.fgd.terms import FGDLevelLoss, Weights
 
+hand_in(
+    Keys(add_timm_config),
+    Keys(add_fcos_config),
+    Keys(add_reppoints_config),
+    Keys(add_data_config),
+    Keys(add_solver_config, check_solver),
+    Keys(add_doctor_config, check_doctor),
+    Keys(add_distiller_config, check_distiller),
+)
 lend_deform_conv()
 
 __all__ = [

@@ -10,10 +10,10 @@ from typing import Optional, Sequence
 from detectron2.engine import default_argument_parser
 
 from .doctor import command as doctor
-from .engine import stop
-from .engine.launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
 from .errors import StoppedError
 from .job import load_checked_config, run
+from .processes import stop
+from .processes.launch import TIMEOUT, WorkerError, launch, one_line, under_torchrun
 
 _EPILOG = """
 Examples:

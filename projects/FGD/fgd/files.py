@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import os
+import tempfile
 from typing import IO, Any, Callable
 
 import torch
@@ -90,3 +91,14 @@ def _sha256(file: IO[bytes], length: int = -1) -> str:
         digest.update(block)
         length -= len(block) if length >= 0 else 0
     return digest.hexdigest()
+
+
+def check_output_dir(path: str) -> None:
+    """Create OUTPUT_DIR and write to it once; UserError if that fails."""
+    if not path or "://" in path:
+        raise UserError(f"OUTPUT_DIR: {path!r} is not a local folder")
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {path}: cannot write there ({error.strerror})") from None

@@ -5,26 +5,24 @@ import json
 import logging
 import math
 import os
-import tempfile
 from typing import Callable, Optional
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .config import check_config, load_config, student_config
+from .config import check_config, check_device, load_config, student_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
 from .doctor import command as doctor
-from .engine.lock import folder_lock
 from .engine.run_folder import check_unused, config_kept, newest_checkpoint
-from .engine.solver import check_solver
 from .engine.trainer import FGDTrainer
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, check_output_dir
+from .processes.lock import folder_lock
+from .visualize.hook import picture_hooks
 from .weights import load_complete
 
 RESULTS = "results.json"
@@ -42,31 +40,9 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts or ())
     check_device(cfg.MODEL.DEVICE)
     if not args.eval_only:
-        check_solver(cfg)
         check_config(cfg)
     cfg.freeze()
     return cfg
-
-
-def check_device(device: str) -> None:
-    """Raise UserError if PyTorch does not know MODEL.DEVICE or there is no such device."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"MODEL.DEVICE: {device!r} is not a device; use cuda or cpu") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("MODEL.DEVICE is cuda, but PyTorch finds no GPU; add MODEL.DEVICE cpu")
-
-
-def check_output_dir(path: str) -> None:
-    """Create OUTPUT_DIR and write to it once; UserError if that fails."""
-    if not path or "://" in path:
-        raise UserError(f"OUTPUT_DIR: {path!r} is not a local folder")
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path}: cannot write there ({error.strerror})") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,7 +101,7 @@ def train(
         accept: called when nothing stands against the run.
         resume, options: as `FGDTrainer.resume_or_load` takes them.
     """
-    trainer = FGDTrainer(cfg)
+    trainer = FGDTrainer(cfg, picture_hooks(cfg))
     trainer.resume_or_load(resume, **options)
     accept()
     if trainer.is_complete:

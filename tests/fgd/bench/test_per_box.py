@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fgd.bench.per_box import PerBoxFGD, paint_masks
-from fgd.distillation.features import Level
-from fgd.loss.masks import cell_weights
-from fgd.loss.terms import TERMS, FGDLevelLoss, Weights, composed_terms
+from fgd.methods.batch import Level
+from fgd.methods.fgd.masks import cell_weights
+from fgd.methods.fgd.terms import TERMS, FGDLevelLoss, Weights, composed_terms
+from fgd.methods.method import over_levels
 from tests import reference
-from tests.fgd.test_losses import GOLDEN, load_golden, random, randomize
+from tests.fgd.methods.batches import make_batch
+from tests.fgd.methods.fgd.test_terms import GOLDEN, load_golden, random, randomize
 
 WEIGHTS = Weights(1.0, 0.5, 0.3, 0.2)
 SIZE = (40, 64)  # of images, pixels
@@ -21,7 +23,7 @@ LEVELS = {"p3": (5, 8), "p4": (3, 4)}
 
 
 def batch(boxes, channels=(3, 3), seed=0):
-    """Arguments of a method, float64: two levels, the student's maps take gradients."""
+    """A batch in float64: two levels, the student's maps take gradients."""
     student = {
         name: random(len(boxes), channels[0], *size, seed=seed + i).requires_grad_()
         for i, (name, size) in enumerate(LEVELS.items())
@@ -30,7 +32,7 @@ def batch(boxes, channels=(3, 3), seed=0):
         name: random(len(boxes), channels[1], *size, seed=seed + 50 + i)
         for i, (name, size) in enumerate(LEVELS.items())
     }
-    return student, teacher, boxes, [SIZE] * len(boxes), SIZE
+    return make_batch(student, teacher, boxes, SIZE)
 
 
 def per_box(channels, temperature, seed=0):
@@ -46,13 +48,14 @@ def ours(baseline, channels, temperature):
     module = nn.ModuleDict({"levels": levels}).double()
     module.load_state_dict(baseline.state_dict())
 
-    def call(student, teacher, boxes, image_sizes, padded_size):
-        losses = dict.fromkeys((f"loss_fgd_{term}" for term in TERMS), 0.0)
-        for name, level in levels.items():
-            masks = cell_weights(boxes, LEVELS[name], image_sizes, torch.float64)
-            for term, value in level(student[name], teacher[name], *masks).items():
-                losses[f"loss_fgd_{term}"] += value
-        return losses
+    def call(given):
+        masks = lambda size: cell_weights(  # noqa: E731
+            given.boxes, size, given.image_sizes, torch.float64
+        )
+        return {
+            name: level(given.student[name], given.teacher[name], *masks(LEVELS[name]))
+            for name, level in levels.items()
+        }
 
     return module, call
 
@@ -74,12 +77,12 @@ def test_equals_this_projects_loss_in_value_and_gradients(boxes, channels, tempe
     baseline = per_box(channels, temperature, seed)
     results = []
     for module, call in ((baseline, baseline), ours(baseline, channels, temperature)):
-        arguments = batch(boxes, channels, seed)
-        losses = call(*arguments)
+        given = batch(boxes, channels, seed)
+        losses = over_levels(call(given))
         sum(losses.values()).backward()
         parameters = [p.grad for _, p in sorted(module.named_parameters())]
-        gradients = [*(maps.grad for maps in arguments[0].values()), *parameters]
-        results.append([losses[f"loss_fgd_{term}"].detach() for term in TERMS] + gradients)
+        gradients = [*(maps.grad for maps in given.student.values()), *parameters]
+        results.append([losses[term].detach() for term in TERMS] + gradients)
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-10)
 
@@ -87,17 +90,17 @@ def test_equals_this_projects_loss_in_value_and_gradients(boxes, channels, tempe
 def test_equals_the_literal_reference():
     boxes = [torch.tensor([[4.0, 4, 20, 28], [10, 0, 47, 15]]), torch.zeros(0, 4)]
     method = per_box((2, 3), 0.5)
-    arguments = batch(boxes, (2, 3))
-    losses = method(*arguments)
+    given = batch(boxes, (2, 3))
+    losses = over_levels(method(given))
     wanted = dict.fromkeys(TERMS, 0.0)
     for name, level in method.levels.items():
-        maps = arguments[0][name], arguments[1][name]
+        maps = given.student[name], given.teacher[name]
         parameters = dict(level.named_parameters())
         terms = reference.terms(*maps, boxes, [SIZE] * 2, parameters, 0.5)
         for term in TERMS:
             wanted[term] += getattr(WEIGHTS, term) * float(torch.as_tensor(terms[term]).detach())
     for term in TERMS:
-        assert losses[f"loss_fgd_{term}"].item() == pytest.approx(wanted[term], rel=1e-9)
+        assert losses[term].item() == pytest.approx(wanted[term], rel=1e-9)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: Path(p).stem)
@@ -108,7 +111,7 @@ def test_equals_the_authors_values_and_gradient(path):
     method.levels["p3"].load_state_dict(loss.state_dict())
     student = tensor["student"].clone().requires_grad_()
     maps = {"p3": student}, {"p3": tensor["teacher"]}
-    total = sum(method(*maps, boxes, sizes, sizes[0]).values())
+    total = sum(over_levels(method(make_batch(*maps, boxes, sizes[0]))).values())
     total.backward()
     assert (total - tensor["loss"]).abs() <= 1e-9 * tensor["loss"]
     assert (student.grad - tensor["grad_student"]).norm() <= 1e-9 * tensor["grad_student"].norm()

@@ -72,9 +72,9 @@ def test_a_teacher_from_a_file_is_the_one_that_is_measured(config):
     run = measure(cfg, SIZE, batch=1, boxes=2, rounds=1, threads=1)
     assert run["random_weights"] == ["student"] and "TEACHER'S" not in table(run)
     exact, half, last, _ = (row["change"] for row in run["teachers"])
-    assert all(exact[term] == 0 for term in ("foreground", "background", "attention"))
-    assert exact["relation"] is None  # its weight is 0
-    assert half["background"] != 0 and abs(last["background"]) < 1e-3
+    assert all(exact[f"fgd_{term}"] == 0 for term in ("foreground", "background", "attention"))
+    assert exact["fgd_relation"] is None  # its weight is 0
+    assert half["fgd_background"] != 0 and abs(last["fgd_background"]) < 1e-3
     assert run["parts"][1]["rounds_ms"] == run["teachers"][1]["rounds_ms"]  # the config's own
 
 

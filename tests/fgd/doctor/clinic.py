@@ -11,9 +11,8 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from fgd.data.stream import build_train_stream
-
-from ...conftest import make_tiny_cfg
-from ..training import CLASSES, training_cfg
+from tests.conftest import make_tiny_cfg
+from tests.fgd.training import CLASSES, training_cfg
 
 TEACHER_STEPS = 120  # AP50 100 on its training images
 

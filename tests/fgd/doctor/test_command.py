@@ -44,7 +44,7 @@ def test_a_healthy_run_has_no_fault(teacher, tmp_path, capfd):
     assert {k for k, v in verdicts(report).items() if v != "ok"} <= {"losses"}
     assert report["teacher_ap50"] > 50
     levels = report["losses"]["distillation_at_factor_1"]
-    assert list(levels) == ["p3", "p4", "p5", "p6", "p7"] and levels["p3"]["foreground"] > 0
+    assert list(levels) == ["p3", "p4", "p5", "p6", "p7"] and levels["p3"]["fgd_foreground"] > 0
     assert report["losses"]["detection"].keys() == {"loss_cls", "loss_box_reg"}
     out = Path(cfg.OUTPUT_DIR)
     assert sorted(x.name for x in out.iterdir()) == ["doctor.json", "log.txt"], "nothing trained"

@@ -90,7 +90,7 @@ def test_measured_means_are_those_of_the_losses(patient):
     # What the loss dict has is the sum over levels, whatever the schedule says of iteration 0.
     first = each[0]
     for name, value in first.values.items():
-        term = name.removeprefix("loss_fgd_")
+        term = name.removeprefix("loss_")
         assert value == pytest.approx(sum(x[term] for x in first.levels.values()), rel=1e-5)
         assert first.gradients[name] > 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -121,4 +121,4 @@ def test_grids_that_differ_are_said(patient, monkeypatch):
         UserError, match="'p3' has a grid of 7x8 cells, the teacher's 'p3' one of 8x8"
     ):
         measure(model, batches[:1])
-    assert not model.distillation.level_totals and model.training
+    assert not model.table and model.training

@@ -5,11 +5,11 @@ import torch
 
 from fgd.doctor.command import before_step_one
 from fgd.doctor.untouched import untouched
-from fgd.engine import rng
 from fgd.engine.checkpoint import loss_normalizers
 from fgd.engine.trainer import FGDTrainer
+from fgd.processes import rng
+from tests.fgd.training import assert_equal, distilled, training_cfg
 
-from ..training import assert_equal, distilled, training_cfg
 from .clinic import distilled_cfg
 
 
@@ -23,7 +23,7 @@ def state(trainer):
         "modes": [x.training for x in model.modules()],
         "gradients": [p.grad for p in model.parameters()],
         "rng": rng.get_state(),
-        "kept": [model.factor, list(model.schedule), dict(model.distillation.level_totals)],
+        "kept": [model.factor, list(model.schedule), dict(model.table)],
         "stream": [trainer.stream.start, trainer.stream.seed],
     }
 

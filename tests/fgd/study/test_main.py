@@ -5,8 +5,7 @@ import pytest
 from fgd.config import load_config
 from fgd.study.__main__ import main
 from fgd.study.pictures import labelled_inputs
-
-from ..training import distilled, training_cfg
+from tests.fgd.training import distilled, training_cfg
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,9 @@ def test_a_study_from_beginning_to_end_with_a_run_that_fails(config_file, tmp_pa
     missing = json.loads((tmp_path / "study.json").read_text())["missing"]
     assert missing[0] == "inherit, seed 0: not run"
     assert missing[1].startswith("Changes between arms are not tested: student, seed 0: ")
-    assert missing[2].startswith("Attention is not shown: ") and "model_final.pth" in missing[2]
+    assert (
+        missing[2].startswith("Distilled maps are not shown: ") and "model_final.pth" in missing[2]
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,35 +3,51 @@ import json
 import numpy as np
 import torch
 
-from fgd.visualize import LevelMaps, attention_figure, loss_figure, read_metrics
+from fgd.methods.method import Picture
+from fgd.visualize import loss_figure, picture_figure, read_metrics
 
 
 def test_every_array_lies_over_the_padded_image():
     rng = np.random.default_rng(0)
-    maps = {
-        name: LevelMaps(*(rng.random(shape) for _ in range(4)), (64, 96))
-        for name, shape in {"p3": (8, 12), "p4": (4, 6)}.items()
-    }
+
+    def pictures(*shape):
+        return {
+            "weight": Picture(rng.random(shape)),
+            "teacher": Picture(rng.random(shape), "attention"),
+            "student": Picture(2 * rng.random(shape), "attention"),
+            "difference": Picture(rng.random(shape) - 0.5),
+        }
+
+    levels = {"p3": pictures(8, 12), "p4": pictures(4, 6)}
     image = np.full((60, 90, 3), 7, np.uint8)
-    figure = attention_figure(image, torch.tensor([[1.0, 2, 30, 40]]), maps, "detections")
-    axes = np.array(figure.axes).reshape(2, 6)
+    boxes = torch.tensor([[1.0, 2, 30, 40]])
+    figure = picture_figure(image, boxes, levels, (64, 96), "detections")
+    axes = np.array(figure.axes).reshape(2, 5)
     titles = [axis.get_title() for axis in axes[0]]
-    assert titles[0] == "detections" and titles[-1] == "student - teacher"
-    for row, own in zip(axes, maps.values()):
+    assert titles == ["detections", *levels["p3"]]
+    for row, own in zip(axes, levels.values()):
         assert len(row[0].images) == 1
-        for axis, array in zip(row[1:], (*own[:4], own.difference)):
+        for axis, picture in zip(row[1:], own.values()):
             under, over = axis.images
             assert under.get_extent() == [0, 90, 60, 0] and (under.get_array() == 7).all()
             assert over.get_extent() == [0, 96, 64, 0]
-            assert (over.get_array() == array).all()
+            assert (over.get_array() == picture.values).all()
             assert list(axis.lines[0].get_xdata()) == [1, 30, 30, 1, 1]
-        assert row[3].images[1].get_clim() == row[4].images[1].get_clim()
+        assert row[2].images[1].get_clim() == row[3].images[1].get_clim()
+        assert row[3].images[1].get_clim()[1] == own["student"].values.max()
+        assert row[1].images[1].get_clim() == (0, own["weight"].values.max())
+        low, high = row[4].images[1].get_clim()
+        assert low == -high and high == abs(own["difference"].values).max()
 
 
-def test_an_image_without_boxes():
-    maps = {"p3": LevelMaps(*np.zeros((4, 2, 3)), (16, 24))}
-    figure = attention_figure(np.zeros((16, 24, 3), np.uint8), torch.zeros(0, 4), maps)
+def test_an_image_without_boxes_and_levels_of_unlike_pictures():
+    levels = {
+        "p3": {"a": Picture(np.zeros((2, 3)))},
+        "p4": {"b": Picture(np.ones((1, 2)))},
+    }
+    figure = picture_figure(np.zeros((16, 24, 3), np.uint8), torch.zeros(0, 4), levels, (16, 24))
     assert not any(axis.lines for axis in figure.axes)
+    assert [len(axis.images) for axis in figure.axes] == [1, 2, 1, 1, 1, 2]
 
 
 def test_loss_figure_and_a_line_that_was_cut_off(tmp_path):

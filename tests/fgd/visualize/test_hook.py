@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
 from fgd.visualize.hook import LogPictures, picture_hooks, rendered
-
-from ..test_trainer import assert_equal, load
-from ..training import distilled, training_cfg
+from tests.fgd.engine.test_trainer import assert_equal, load
+from tests.fgd.training import distilled, training_cfg
 
 
 class Images(HookBase):
@@ -31,7 +30,7 @@ def train(cfg, folder, *opts):
     cfg.merge_from_list(["OUTPUT_DIR", str(folder), *opts])
     Path(cfg.OUTPUT_DIR).mkdir()
     torch.manual_seed(1)
-    trainer = FGDTrainer(cfg)
+    trainer = FGDTrainer(cfg, picture_hooks(cfg))
     trainer.resume_or_load(resume=False)
     images = Images()
     trainer.register_hooks([images])
@@ -53,8 +52,7 @@ def test_training_is_bit_equal_with_and_without_pictures(tmp_path):
     for file in (plain, looked_at):
         del file["config"], file["full_config"]
     assert_equal(plain, looked_at)
-    assert not trainer.model._forward_pre_hooks  # none stays behind
-    assert not trainer.model.distillation._forward_pre_hooks
+    assert not trainer.model._forward_pre_hooks and trainer.model.watch is None
 
 
 def test_it_is_off_by_default_and_on_other_ranks(tmp_path, monkeypatch):
@@ -71,7 +69,7 @@ def test_it_is_off_by_default_and_on_other_ranks(tmp_path, monkeypatch):
     assert picture_hooks(cfg) == []
 
 
-def test_a_period_needs_fgd(tmp_path):
+def test_a_period_needs_a_method(tmp_path):
     cfg = distilled(training_cfg(tmp_path), tmp_path)
     cfg.MODEL.DISTILLER.update(METHOD="", INHERIT=True, PICTURE_PERIOD=5)
     with pytest.raises(UserError, match="PICTURE_PERIOD: 5 must be 0"):

@@ -9,11 +9,10 @@ from PIL import Image
 
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
-from fgd.visualize import level_maps
+from fgd.visualize import record_pictures
 from fgd.visualize.__main__ import detections, find_records, main, unique_names
 from fgd.visualize.run import load_inputs, open_run
-
-from ..training import distilled, training_cfg
+from tests.fgd.training import distilled, training_cfg
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +45,12 @@ def test_ground_truth_of_a_dataset(run, tmp_path, capsys):
         assert arrays["image_size"].tolist() == arrays["padded_size"].tolist() == [64, 96]
         distiller, cfg = open_run(str(run / "out" / "model_final.pth"))
         record = find_records(str(json_file), [str(image)])[str(image)]
-        maps = level_maps(distiller, load_inputs(str(image), cfg, record))
-        names = ("foreground", "background", "teacher_attention", "student_attention")
+        pictures = record_pictures(distiller, load_inputs(str(image), cfg, record)).pictures
+        names = ("foreground", "background", "teacher attention", "student attention")
         for level in ("p3", "p5"):
             for name in (*names, "difference"):
-                assert np.array_equal(arrays[f"{level}/{name}"], getattr(maps[level], name))
+                stored = arrays[f"{level}/{name.replace(' ', '_')}"]
+                assert np.array_equal(stored, pictures[level][name].values)
         assert len(arrays.files) == 2 * 5 + 3
 
 

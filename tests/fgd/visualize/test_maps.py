@@ -3,13 +3,13 @@ import torch
 from detectron2.modeling import build_model
 
 from fgd.distillation.distiller import Distiller
-from fgd.distillation.features import Level
-from fgd.distillation.methods import FGD
 from fgd.distillation.teacher import FrozenTeacher
 from fgd.errors import UserError
-from fgd.loss.attention import channel_attention, spatial_attention
-from fgd.loss.terms import Weights
-from fgd.visualize import MapRecorder, level_maps
+from fgd.methods.batch import Level
+from fgd.methods.fgd.attention import channel_attention, spatial_attention
+from fgd.methods.fgd.method import FGD
+from fgd.methods.fgd.terms import Weights
+from fgd.visualize import PictureRecorder, record_pictures
 
 
 def make_distiller(tiny_cfg, mask_reference="padded"):
@@ -43,24 +43,25 @@ def test_arrays_are_those_of_the_loss(tiny_cfg, make_batch, mask_reference):
     distiller, inputs = make_distiller(tiny_cfg, mask_reference), make_batch([(60, 90)])[0]
     distiller.train()
     tap = Tap(distiller.distillation)
-    maps = level_maps(distiller, inputs)
-    assert distiller.training and list(maps) == list(tap.calls) == ["p3", "p4"]
-    for name, own in maps.items():
+    recorded = record_pictures(distiller, inputs)
+    assert distiller.training and list(recorded.pictures) == list(tap.calls) == ["p3", "p4"]
+    assert recorded.padded_size == (64, 96)
+    for name, pictures in recorded.pictures.items():
         (student, teacher, foreground, background), terms = tap.calls[name]
-        assert own.padded_size == (64, 96)
-        assert (own.foreground == foreground[0].numpy()).all() and own.foreground.max() > 0
-        assert (own.background == background[0].numpy()).all() and own.background.max() > 0
-        attention = own.student_attention, own.teacher_attention
-        for array, features in zip(attention, (student, teacher)):
-            assert (array == spatial_attention(features, 0.5)[0].numpy()).all()
+        own = {caption: picture.values for caption, picture in pictures.items()}
+        assert (own["foreground"] == foreground[0].numpy()).all() and own["foreground"].max() > 0
+        assert (own["background"] == background[0].numpy()).all() and own["background"].max() > 0
+        for who, features in (("student", student), ("teacher", teacher)):
+            wanted = spatial_attention(features, 0.5)[0].numpy()
+            assert (own[f"{who} attention"] == wanted).all()
         # The loss's own value, which the fused operation computes in another way.
         channels = [channel_attention(x, 0.5)[0].numpy() for x in (student, teacher)]
-        value = abs(own.difference).sum() + abs(channels[0] - channels[1]).sum()
+        value = abs(own["difference"]).sum() + abs(channels[0] - channels[1]).sum()
         assert terms["attention"].item() == pytest.approx(value, rel=1e-5)
         error = (student - teacher)[0].square().numpy() * channels[1][:, None, None]
-        weighted = error.sum(axis=0) * own.teacher_attention
+        weighted = error.sum(axis=0) * own["teacher attention"]
         for term in ("foreground", "background"):
-            value = (weighted * getattr(own, term)).sum()
+            value = (weighted * own[term]).sum()
             assert terms[term].item() == pytest.approx(value, rel=1e-5)
 
 
@@ -68,22 +69,22 @@ def test_any_image_of_a_batch_in_training(tiny_cfg, make_batch):
     distiller, batch = make_distiller(tiny_cfg), make_batch()
     distiller.distillation.levels["p3"].align.requires_grad_(False)
     tap = Tap(distiller.distillation)
-    with MapRecorder(distiller.distillation, image=1) as recorder:
-        features, size = distiller.read_student(batch)
-        losses = distiller.terms(features, batch, size)
-    assert losses["loss_fgd_attention"].requires_grad
+    features, size = distiller.read_student(batch)
+    with PictureRecorder(distiller, image=1) as recorder:
+        table = distiller.terms(distiller.batch(features, batch, size))
+    assert table["p4"]["fgd_attention"].requires_grad
     (student, _, foreground, _), _ = tap.calls["p4"]
-    assert (recorder.maps["p4"].foreground == foreground[1].numpy()).all()
+    pictures = recorder.pictures["p4"]
+    assert (pictures["foreground"].values == foreground[1].numpy()).all()
     wanted = spatial_attention(student[1:], 0.5)[0].numpy()
-    assert recorder.maps["p4"].student_attention == pytest.approx(wanted, rel=1e-6)
+    assert pictures["student attention"].values == pytest.approx(wanted, rel=1e-6)
     assert torch.equal(recorder.boxes, batch[1]["instances"].gt_boxes.tensor)
-    distiller.terms(features, batch[::-1], size)  # no longer recorded
+    distiller.terms(distiller.batch(features, batch[::-1], size))  # no longer recorded
     assert torch.equal(recorder.boxes, batch[1]["instances"].gt_boxes.tensor)
-    assert not distiller.distillation._forward_pre_hooks
 
 
-def test_other_methods_have_no_such_maps():
-    with pytest.raises(UserError, match="FGD's maps only; distillation is Linear"):
-        MapRecorder(torch.nn.Linear(1, 1))
+def test_without_a_method_there_is_nothing_to_draw(tiny_cfg):
+    distiller = make_distiller(tiny_cfg)
+    distiller.distillation = None
     with pytest.raises(UserError, match="distillation is off"):
-        MapRecorder(None)
+        record_pictures(distiller, {})

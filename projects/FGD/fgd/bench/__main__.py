@@ -8,10 +8,9 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from ..config import load_config
+from ..config import check_device, load_config
 from ..errors import UserError
-from ..files import atomic_write
-from ..job import check_device, check_output_dir
+from ..files import atomic_write, check_output_dir
 from . import loss, loss_report, step
 from .cases import PYRAMIDS
 from .process import ALLOCATORS, run_alone

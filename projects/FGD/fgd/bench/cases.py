@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-from ..distillation.features import Level
+from ..methods.batch import Level
 
 # Strides of the levels that FGD distils.
 PYRAMIDS = {"retinanet": (8, 16, 32, 64, 128), "rcnn": (4, 8, 16, 32)}

@@ -5,11 +5,13 @@ from importlib.util import find_spec
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..distillation.features import Level
-from ..distillation.methods import FGD, terms_function
-from ..loss.terms import Weights
+from ..methods.batch import Batch, Level
+from ..methods.fgd.method import FGD, terms_function
+from ..methods.fgd.terms import Weights
+from ..methods.method import over_levels
 from .cases import PYRAMIDS, Maps, draw_boxes, draw_maps, levels_of
 from .memory import trace_halves
 from .per_box import PerBoxFGD
@@ -128,7 +130,9 @@ class Call:
     """Forward and backward pass of one implementation on one batch."""
 
     def __init__(self, method: nn.Module, maps: Maps, boxes: List[Tensor], size: Tuple[int, int]):
-        self.method, self.maps, self.boxes, self.size = method, maps, boxes, size
+        self.method, self.maps = method, maps
+        instances = [Instances(size, gt_boxes=Boxes(x)) for x in boxes]
+        self.batch = Batch(*maps, instances, [size] * len(boxes), size)
 
     def reset(self) -> None:
         """Drop all gradients."""
@@ -136,8 +140,7 @@ class Call:
             tensor.grad = None
 
     def forward(self) -> Dict[str, Tensor]:
-        sizes = [self.size] * len(self.boxes)
-        return self.method(*self.maps, self.boxes, sizes, self.size)
+        return over_levels(self.method(self.batch))
 
     def backward(self, losses: Dict[str, Tensor]) -> None:
         sum(losses.values()).backward()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ..distillation.features import Level
-from ..loss.terms import GlobalContext, Weights
+from ..methods.batch import Batch, Level
+from ..methods.fgd.terms import GlobalContext, Weights
 
 
 class PerBoxFGD(nn.Module):
@@ -25,22 +25,14 @@ class PerBoxFGD(nn.Module):
         self.weights = weights
         self.levels = nn.ModuleDict({x.name: _PerBoxLevel(x, temperature) for x in levels})
 
-    def forward(
-        self,
-        student: Dict[str, Tensor],
-        teacher: Dict[str, Tensor],
-        boxes: List[Tensor],
-        image_sizes: List[Tuple[int, int]],
-        padded_size: Tuple[int, int],
-    ) -> Dict[str, Tensor]:
-        """``loss_fgd_{foreground,background,attention,relation}``: weighted, summed over levels."""
-        losses: Dict[str, Tensor] = {}
+    def forward(self, batch: Batch) -> Dict[str, Dict[str, Tensor]]:
+        """Level → term → weighted value."""
+        found = {}
         for name, level in self.levels.items():
-            terms = level(student[name], teacher[name], boxes, padded_size)
-            for term, weight in self.weights._asdict().items():
-                key = f"loss_fgd_{term}"
-                losses[key] = losses.get(key, 0.0) + weight * terms[term]
-        return losses
+            maps = batch.student[name], batch.teacher[name]
+            terms = level(*maps, batch.boxes, batch.padded_size)
+            found[name] = {k: weight * terms[k] for k, weight in self.weights._asdict().items()}
+        return found
 
 
 class _PerBoxLevel(nn.Module):

@@ -1,4 +1,4 @@
-"""Time and memory of a training step: the student alone, the teacher, both with the FGD loss."""
+"""Time and memory of a training step: the student alone, the teacher, both with the method."""
 
 import itertools
 from typing import Any, Dict, List, Optional, Tuple
@@ -10,9 +10,8 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
-from ..distillation.taps import read_levels
 from ..engine import solver
-from ..loss.terms import TERMS
+from ..methods.method import over_levels
 from .goals import step_goal
 from .memory import trace
 from .timing import Times, alternate, noise, ratio
@@ -21,7 +20,7 @@ from .workload import Workload, build_workload, padded_size
 STUDENT, TEACHER, REST, WHOLE = (
     "student step",
     "teacher forward",
-    "FGD loss and the rest",  # the difference
+    "the method and the rest",  # the difference
     "distillation step",
 )
 
@@ -140,25 +139,28 @@ def _teachers(times: Dict[tuple, Times], changes: Dict[tuple, dict]) -> List[Dic
 def term_changes(
     work: Workload, padded: Tuple[int, int]
 ) -> Dict[tuple, Dict[str, Optional[float]]]:
-    """By teacher variant: each FGD term over that with the float32 teacher, minus 1.
+    """By teacher variant: each term of the method over that with the float32 teacher, minus 1.
 
     None for a term that is 0 with the float32 teacher, and for a teacher with random weights: its
     features hang on rounding as no trained network's do.
     """
+    names = [name.removeprefix("loss_") for name in work.distiller.distillation.loss_names]
     if "teacher" in work.random:
-        return {variant: dict.fromkeys(TERMS) for variant in work.teachers}
-    images = work.student.preprocess_image(work.batch)
-    features = read_levels(work.student.backbone, images.tensor, work.distiller.sources)
-    device = images.tensor.device
-    boxes = [x["instances"].gt_boxes.tensor.to(device) for x in work.batch]
+        return {variant: dict.fromkeys(names) for variant in work.teachers}
+    features, _ = work.distiller.read_student(work.batch)
+    work.distiller._tap.pop()
+
+    own = work.distiller.teacher
 
     def terms(teacher) -> Dict[str, float]:
-        taught = teacher.features(work.batch, padded)
-        method = work.distiller.distillation
-        losses = method(features, taught, boxes, images.image_sizes, padded)
-        return {name: losses[f"loss_fgd_{name}"].item() for name in TERMS}
+        work.distiller.teacher = teacher
+        losses = over_levels(
+            work.distiller.terms(work.distiller.batch(features, work.batch, padded))
+        )
+        return {name: losses[name].item() for name in names}
 
     values = {variant: terms(teacher) for variant, teacher in work.teachers.items()}
+    work.distiller.teacher = own
     exact = values["float32", False]
     return {
         variant: {k: v / exact[k] - 1 if exact[k] else None for k, v in own.items()}
@@ -185,7 +187,7 @@ def table(run: Dict[str, Any]) -> str:
     )
     if "teacher" in run["random_weights"]:
         loud += (
-            "\nNOTE: how half precision changes the FGD terms is measured with trained teachers "
+            "\nNOTE: how half precision changes the terms is measured with trained teachers "
             "only: give MODEL.DISTILLER.TEACHER.WEIGHTS a local file."
         )
     parts = [
@@ -209,7 +211,7 @@ def table(run: Dict[str, Any]) -> str:
     median = "ms, median (p10-p90)"
     tables = (
         (parts, ["part", median, "share of the whole", "peak extra memory, MiB"]),
-        (teachers, ["teacher forward", median, "x float32", *TERMS]),
+        (teachers, ["teacher forward", median, "x float32", *run["teachers"][0]["change"]]),
     )
     cells = "\n\n".join(tabulate(r, h, tablefmt="github", disable_numparse=True) for r, h in tables)
     goals = "\n".join(f"goal: {goal['line']}" for goal in run["goals"])

@@ -16,7 +16,6 @@ from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_confi
 from ..data.checks import NUM_CLASSES_KEYS, config_value
 from ..distillation.taps import Sources
 from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
-from ..engine.solver import check_solver
 from ..engine.trainer import load_student_weights
 from ..errors import UserError
 from .cases import draw_boxes
@@ -63,7 +62,6 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
         raise UserError("the step benchmark needs a distillation config (a METHOD and a teacher)")
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         raise UserError("the step benchmark draws boxes only: set MODEL.MASK_ON, KEYPOINT_ON False")
-    check_solver(cfg)
     # What is measured is a step that distils.
     cfg.MODEL.DISTILLER.SCHEDULE = get_fgd_cfg().MODEL.DISTILLER.SCHEDULE
     classes = config_value(cfg, NUM_CLASSES_KEYS[cfg.MODEL.DISTILLER.STUDENT])

@@ -15,8 +15,8 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils import comm
 
-from ..engine.together import on_main_process
 from ..errors import UserError
+from ..processes.together import on_main_process
 from .coco_json import CocoSummary, bad_box, summarize
 from .coco_masks import MASK_FORMATS
 from .drawing import ShapesSettings

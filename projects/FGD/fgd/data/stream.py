@@ -19,8 +19,8 @@ from detectron2.utils import comm
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
-from ..engine import rng
 from ..errors import UserError
+from ..processes import rng
 from .images import BadImage, ImageMapper
 from .workers import check_timeout, supervise, supervised_batches
 

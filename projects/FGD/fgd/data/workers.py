@@ -8,8 +8,8 @@ from typing import Callable, Iterator
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from torch.utils.data import DataLoader
 
-from ..engine.stop import SIGNALS
 from ..errors import UserError
+from ..processes.stop import SIGNALS
 
 # How they are started, whatever Python's default is. Those of a "forkserver" (the default from
 # 3.14) have it for a parent, and both outlive a trainer that was killed.

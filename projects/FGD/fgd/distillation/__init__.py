@@ -1,1 +1,1 @@
-"""Teacher and student around the loss: which features, from whom, when, how much."""
+"""Teacher and student around a method: which features, from whom, when, how much."""

@@ -19,6 +19,7 @@ class Source(NamedTuple):
 
     output: str  # name of the backbone's output
     norm: str = ""  # path of a submodule whose input it is; "" = the output itself
+    stage: bool = False  # an output of the backbone's bottom-up network instead
 
     def __str__(self) -> str:
         return f"{self.output} before {self.norm}" if self.norm else self.output
@@ -45,7 +46,7 @@ def choose_sources(
     """
     check_kind(kind)
     sides = [
-        {level: Source(name, find_norm(backbone, name)) for level, name in names.items()}
+        {level: _source(backbone, name) for level, name in names.items()}
         for backbone, names in ((student, {x: x for x in partners}), (teacher, partners))
     ]
     norms = [
@@ -60,8 +61,14 @@ def choose_sources(
             "norm (MODEL.FPN.NORM); use 'output', which is the same here"
         )
     if kind == "output" or kind == "auto" and not any(isinstance(x, nn.GroupNorm) for x in norms):
-        sides = [{k: Source(source.output) for k, source in side.items()} for side in sides]
+        sides = [{k: source._replace(norm="") for k, source in side.items()} for side in sides]
     return sides[0], sides[1]
+
+
+def _source(backbone: nn.Module, name: str) -> Source:
+    if name in backbone.output_shape():
+        return Source(name, find_norm(backbone, name))
+    return Source(name, stage=True)
 
 
 def check_kind(kind: str) -> None:
@@ -102,25 +109,36 @@ class _Recorder:
     ):
         self._sources, self._wanted = sources, wanted
         self._inputs: Dict[str, Tensor] = {}
-        paths = {source.norm for source in (sources or {}).values() if source.norm}
+        self._stages: Dict[str, Tensor] = {}
+        chosen = (sources or {}).values()
         self.handles = [
             backbone.get_submodule(path).register_forward_pre_hook(partial(self._save, path))
-            for path in paths
+            for path in {source.norm for source in chosen if source.norm}
         ]
+        if any(source.stage for source in chosen):
+            self.handles.append(backbone.bottom_up.register_forward_hook(self._save_stages))
 
     def _save(self, path: str, norm: nn.Module, args: tuple) -> None:
         if self._wanted():
             self._inputs[path] = args[0]
 
+    def _save_stages(self, body: nn.Module, args: tuple, output: Mapping[str, Tensor]) -> None:
+        if self._wanted():
+            self._stages = dict(output)
+
     def select(self, output: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         """Level → tensor of the forward that just returned ``output``; forgets what it held."""
         inputs, self._inputs = self._inputs, {}
+        stages, self._stages = self._stages, {}
         if self._sources is None:
             return dict(output)
-        return {
-            level: inputs[source.norm] if source.norm else output[source.output]
-            for level, source in self._sources.items()
-        }
+
+        def find(source: Source) -> Tensor:
+            if source.norm:
+                return inputs[source.norm]
+            return (stages if source.stage else output)[source.output]
+
+        return {level: find(source) for level, source in self._sources.items()}
 
 
 def read_levels(

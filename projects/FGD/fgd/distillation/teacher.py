@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..config import load_config, load_config_text, student_config
 from ..errors import UserError
 from ..weights import load_complete, read_weights
+from .config import needs_teacher
 from .taps import Sources, read_levels
 
 
@@ -37,13 +38,15 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return teacher
 
 
-def build_teacher(cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
-    """The teacher's whole detector with its weights, and its config.
+def build_teacher(cfg: CfgNode) -> Tuple[Optional[nn.Module], Optional[CfgNode]]:
+    """The teacher's whole detector with its weights, and its config; (None, None) without one.
 
     Raises:
         UserError: weights are missing, do not fit or are not finite, unless
             MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise.
     """
+    if not needs_teacher(cfg):
+        return None, None
     node = cfg.MODEL.DISTILLER.TEACHER
     config = teacher_config(cfg)
     model = build_model(config)

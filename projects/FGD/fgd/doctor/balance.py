@@ -6,9 +6,9 @@ from detectron2.config import CfgNode
 
 from ..config import META_ARCHITECTURE, load_config_text
 from ..data.stream import build_train_stream
-from ..engine import rng
 from ..engine.run_folder import newest_checkpoint
 from ..errors import UserError
+from ..processes import rng
 from .losses import measure, suggested_factor
 from .patient import Patient
 

@@ -18,10 +18,11 @@ from torch import nn
 from ..config import META_ARCHITECTURE, student_config
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
 from ..data.stream import build_train_stream
-from ..distillation.features import distilled_level_names, match_levels
-from ..engine import rng
+from ..distillation.config import needs_teacher
+from ..distillation.levels import Outputs, plan_levels
 from ..engine.checkpoint import student_of
 from ..errors import UserError
+from ..processes import rng
 from . import dataset, losses, scoring, teacher, wiring
 from .findings import FAULT, OK, WARNING, Finding, Report
 from .patient import Patient
@@ -102,6 +103,8 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
     ]
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
         return findings, None
+    if not needs_teacher(cfg):
+        return findings, None
     finding, loaded = teacher.check_weights(cfg)
     findings.append(finding)
     if loaded is not None:
@@ -131,19 +134,17 @@ def _teacher_classes(names: List[str], loaded: teacher.LoadedTeacher) -> Finding
 
 def _levels(cfg: CfgNode, student: nn.Module, teaching: nn.Module) -> Finding:
     """What teaches what, or why nothing can."""
-    shapes = student.backbone.output_shape(), teaching.backbone.output_shape()
-    level_map = cfg.MODEL.DISTILLER.LEVEL_MAP
     try:
-        levels = match_levels(distilled_level_names(cfg), *shapes, level_map)
+        plan = plan_levels(cfg, Outputs.of(student.backbone), Outputs.of(teaching.backbone))
     except UserError as error:
         advice = "match them with MODEL.DISTILLER.LEVELS and MODEL.DISTILLER.LEVEL_MAP"
         return Finding("levels", FAULT, str(error), advice)
     rows = [
         f"{x.name} ({x.student_channels} channels) from {x.teacher_name} ({x.teacher_channels}), "
-        f"stride {shapes[0][x.name].stride}"
-        for x in levels
+        f"stride {x.stride}"
+        for x in dict.fromkeys(level for levels in plan.values() for level in levels)
     ]
-    return Finding("levels", OK, "\n".join(rows))
+    return Finding("levels", OK, "\n".join(rows) or "the method uses none")
 
 
 def _check_model(

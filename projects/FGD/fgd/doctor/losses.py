@@ -52,26 +52,20 @@ def measure(model: nn.Module, batches: Iterable[List[dict]], *, half: bool = Fal
     """
     measured, count = Measured(), 0
     detection, terms = defaultdict(float), defaultdict(lambda: defaultdict(float))
-    hooks = [
-        level.register_forward_hook(lambda *call, to=terms[name]: _add(to, call[2]))
-        for name, level in model.distillation.levels.items()
-    ]
-    try:
-        with untouched(model):
-            model.train()
-            model.schedule = Schedule()  # the full weights, whatever iteration 0 would count
-            for batch in batches:
-                with torch.set_grad_enabled(count == 0):
-                    losses = _forward(model, batch, half)
-                if count == 0:
-                    own = {k: losses[k] for k in model.distillation.loss_names}
-                    measured.values = {k: float(v.detach()) for k, v in own.items()}
-                    measured.gradients = _gradient_norms(own, _body(model.student), half)
-                _add(detection, {k: v for k, v in losses.items() if k not in measured.values})
-                count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with untouched(model):
+        model.train()
+        model.schedule = Schedule()  # the full weights, whatever iteration 0 would count
+        for batch in batches:
+            with torch.set_grad_enabled(count == 0):
+                losses = _forward(model, batch, half)
+            if count == 0:
+                own = {k: losses[k] for k in model.distillation.loss_names}
+                measured.values = {k: float(v.detach()) for k, v in own.items()}
+                measured.gradients = _gradient_norms(own, _body(model.student), half)
+            _add(detection, {k: v for k, v in losses.items() if k not in measured.values})
+            for level, values in model.table.items():
+                _add(terms[level], values)
+            count += 1
     measured.detection = {k: v / count for k, v in detection.items()}
     measured.levels = {k: {n: v / count for n, v in x.items()} for k, x in terms.items()}
     return _over_processes(measured)

@@ -6,14 +6,19 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..engine import rng
+from ..processes import rng
 
 _PLAIN = (bool, int, float, str, tuple)
 
 
 def _plain(module: nn.Module) -> dict:
-    """Plain attributes: the mode, running numbers that are no buffers, a Distiller's schedule."""
-    return {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN)}
+    """Plain attributes: the mode, running numbers that are no buffers, a Distiller's schedule and
+    its table of terms, which each step makes anew."""
+    return {
+        k: v
+        for k, v in vars(module).items()
+        if isinstance(v, _PLAIN) or isinstance(v, dict) and not k.startswith("_")
+    }
 
 
 @contextmanager
@@ -42,5 +47,3 @@ def untouched(model: nn.Module):
             for name in _plain(module).keys() - before.keys():
                 delattr(module, name)  # some come into being with the first step
             vars(module).update(before)
-        if getattr(model, "distillation", None) is not None:
-            model.distillation.level_totals = {}

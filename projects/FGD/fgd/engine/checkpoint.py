@@ -28,13 +28,15 @@ from torch import nn
 
 from .. import compat
 from ..config import META_ARCHITECTURE, student_config
+from ..distillation.config import needs_teacher
 from ..errors import UserError
 from ..files import atomic_write, save_sealed
+from ..processes import rng
+from ..processes.together import on_main_process
 from ..weights import read_weights, weights_sha256
-from . import rng, run_folder
+from . import run_folder
 from .config_change import check_changes
 from .run_folder import FORMAT
-from .together import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def describe_run(cfg: CfgNode) -> dict:
 
 def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
     """Which file taught, so that a deployed student can be traced back to it; None: no teacher."""
-    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
+    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE or not needs_teacher(cfg):
         return None
     path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
     return {"weights": path, "sha256": weights_sha256(path)}

@@ -17,7 +17,7 @@ from .. import compat
 from ..data.images import ImageMapper
 from ..data.workers import supervise, supervised_batches
 from ..errors import StoppedError
-from .stop import agreed, requested
+from ..processes.stop import agreed, requested
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "StoppableLoader":

@@ -6,7 +6,7 @@ from .. import compat
 
 
 class LogLevelTotals(HookBase):
-    """Logs the factor of the schedule, and each level's total times it as ``fgd/p3`` and so on.
+    """Logs the factor of the schedule, and each level's total times it as ``distill/p3`` and so on.
 
     After the step, when Detectron2 has waited for the losses anyway: the loss itself never makes
     the host wait for a GPU. A plain detector logs nothing; while the factor is 0 there are no
@@ -17,9 +17,8 @@ class LogLevelTotals(HookBase):
         model = compat.unwrap(self.trainer.model)
         if getattr(model, "distillation", None) is None:
             return
-        totals = {f"fgd/{k}": v.item() for k, v in model.distillation.level_totals.items()}
-        values = {name: total * model.factor for name, total in totals.items()}
+        totals = {name: sum(terms.values()).item() for name, terms in model.table.items()}
         storage = self.trainer.storage
-        storage.put_scalars(**values)
+        storage.put_scalars(**{f"distill/{k}": v * model.factor for k, v in totals.items()})
         # As it is, not the median of the last iterations.
         storage.put_scalar("distillation_factor", model.factor, smoothing_hint=False)

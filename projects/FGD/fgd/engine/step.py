@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import DivergedError
-from . import stop
+from ..processes import stop
 
 logger = logging.getLogger(__name__)
 

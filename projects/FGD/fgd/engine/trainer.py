@@ -3,11 +3,12 @@
 import logging
 import os
 import weakref
+from typing import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
-from detectron2.engine.train_loop import TrainerBase
+from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.evaluation import (
     DatasetEvaluators,
 )
@@ -19,15 +20,15 @@ from .. import compat
 from ..data.stream import TrainStream, build_train_stream
 from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
-from ..visualize.hook import picture_hooks
+from ..processes import rng
+from ..processes.stop import StopBetweenSteps
+from ..processes.together import on_main_process
 from ..weights import load_complete
-from . import evaluation, rng, run_folder, solver
+from . import evaluation, run_folder, solver
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
 from .step import AMPStep, RunningStatistics, SimpleStep
-from .stop import StopBetweenSteps
-from .together import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,12 @@ class FGDTrainer(DefaultTrainer):
     """Trains a plain detector or a Distiller; checkpoints hold the plain student.
 
     The config's datasets must be registered. All ranks build it together.
+
+    Args:
+        extra_hooks: run before those that write what has been logged.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, extra_hooks: Sequence[HookBase] = ()):
         # Not DefaultTrainer's constructor: its DDP wrapper needs CUDA and its checkpointer saves
         # the model as it is.
         TrainerBase.__init__(self)
@@ -73,7 +77,7 @@ class FGDTrainer(DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.resumed_from = ""
-        self.cfg = cfg
+        self.cfg, self.extra_hooks = cfg, extra_hooks
         self.register_hooks(self.build_hooks())
         logger.info(describe_distillation(model))
 
@@ -131,6 +135,8 @@ class FGDTrainer(DefaultTrainer):
             DivergedError: see `run_step`.
         """
         self._finished = self.start_iter  # iterations
+        # What a method draws follows from it, in a resumed run too.
+        compat.unwrap(self.model).seed = self.stream.seed
         # Not when resuming: a run with nothing left to do keeps the line of its last evaluation.
         self._repair_metrics()
         try:
@@ -213,7 +219,7 @@ class FGDTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         # Before the writers.
-        ret = [LogLevelTotals(), *picture_hooks(self.cfg), *super().build_hooks()]
+        ret = [LogLevelTotals(), *self.extra_hooks, *super().build_hooks()]
         # Ours on every rank, in the main process's place: saving gathers what each rank has.
         ret = [x for x in ret if not isinstance(x, hooks.PeriodicCheckpointer)]
         saving = SavePeriodically(

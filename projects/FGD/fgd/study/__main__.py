@@ -9,9 +9,9 @@ study.json. Runs that are finished are not repeated, interrupted ones are resume
 after any stop.
 
 Arms: student (alone), inherit (starts from the teacher's neck and head), distil, inherit+distil;
-student-long (alone, for the wall time that distillation took in this study); and ablations of FGD
-that switch off one term (no-foreground ...) or all but one (only-foreground ...), of foreground,
-background, attention and relation.
+student-long (alone, for the wall time that distillation took in this study); and ablations that
+switch off one term of the config's method (of FGD no-foreground, no-background, no-attention or
+no-relation) or all but one (only-foreground ...).
 
 Exit codes: 0 done, 2 usage, config, path or data, 75 stopped by a signal; otherwise that of the
 first run that failed. The others go on, and the pages then say which is missing.
@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="config of the teacher, to train it first; without it MODEL.DISTILLER.TEACHER.WEIGHTS "
         "is used and evaluated",
     )
-    parser.add_argument("--arms", default="student,inherit+distil", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", default="student,inherit+distil", help=f"{', '.join(ARMS)}, no-TERM, only-TERM"
+    )
     parser.add_argument("--seeds", default="0", help="for example 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
     parser.add_argument(

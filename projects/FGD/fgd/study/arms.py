@@ -7,10 +7,9 @@ from detectron2.config import CfgNode
 
 from ..config import load_config
 from ..errors import UserError
+from ..methods.method import chosen_methods, weight_key
 
 TEACHER, STUDENT, LONG = "teacher", "student", "student-long"
-_FGD = "MODEL.DISTILLER.FGD."
-TERMS = ("foreground", "background", "attention", "relation")
 
 # All else is the same, the schedule above all; LONG's own is in `budget`.
 ARMS: Dict[str, Dict[str, str]] = {
@@ -19,14 +18,7 @@ ARMS: Dict[str, Dict[str, str]] = {
     "distil": {"MODEL.DISTILLER.INHERIT": "False"},
     "inherit+distil": {"MODEL.DISTILLER.INHERIT": "True"},
     LONG: {},
-    # Ablations of FGD; whether they inherit is left to the config.
-    **{f"no-{term}": {f"{_FGD}{term.upper()}_WEIGHT": "0.0"} for term in TERMS},
-    **{
-        f"only-{term}": {f"{_FGD}{t.upper()}_WEIGHT": "0.0" for t in TERMS if t != term}
-        for term in TERMS
-    },
 }
-ABLATIONS = tuple(arm for arm in ARMS if arm.startswith(("no-", "only-")))
 
 
 class Run(NamedTuple):
@@ -61,25 +53,44 @@ def main_arm(cfg: CfgNode) -> str:
     return "inherit+distil" if cfg.MODEL.DISTILLER.INHERIT else "distil"
 
 
+def ablations(cfg: CfgNode) -> Dict[str, Dict[str, str]]:
+    """Arms that switch off one term of the config's method, no-TERM, or all but one, only-TERM.
+
+    Whether they inherit is left to the config. A method with one term has none.
+    """
+    keys = {
+        term: f"MODEL.DISTILLER.{method.__name__.upper()}.{weight_key(term)}"
+        for method in chosen_methods(cfg)
+        for term in method.terms
+    }
+    if len(keys) < 2:
+        return {}
+    return {
+        **{f"no-{term}": {key: "0.0"} for term, key in keys.items()},
+        **{
+            f"only-{term}": {key: "0.0" for other, key in keys.items() if other != term}
+            for term in keys
+        },
+    }
+
+
+def is_ablation(arm: str) -> bool:
+    return arm.startswith(("no-", "only-"))
+
+
 def check_arms(arms: Sequence[str], cfg: CfgNode) -> None:
     """Refuse arms that cannot be run.
 
     Raises:
-        UserError: an unknown arm; one twice; an ablation of another method than FGD; `LONG` without
-            the two arms whose time it needs.
+        UserError: an unknown arm; one twice; `LONG` without the two arms whose time it needs.
     """
-    unknown = [arm for arm in arms if arm not in ARMS]
+    known = [*ARMS, *ablations(cfg)]
+    unknown = [arm for arm in arms if arm not in known]
     if unknown:
-        raise UserError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(ARMS)}")
+        raise UserError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     if len(set(arms)) < len(arms):
         raise UserError(f"--arms: {','.join(arms)} names an arm twice")
-    method, main = cfg.MODEL.DISTILLER.METHOD, main_arm(cfg)
-    ablations = [arm for arm in arms if arm in ABLATIONS]
-    if ablations and method != "FGD":
-        raise UserError(
-            f"--arms: {', '.join(ablations)} switch terms of FGD, but MODEL.DISTILLER.METHOD is "
-            f"{method!r}"
-        )
+    main = main_arm(cfg)
     missing = [arm for arm in (STUDENT, main) if LONG in arms and arm not in arms]
     if missing:
         raise UserError(
@@ -102,6 +113,7 @@ def plan(
     check_arms(arms, cfg)
     weights = str(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
     folder = output / TEACHER
+    changes = {**ARMS, **ablations(cfg)}
     runs: List[Run] = []
     if teacher:
         weights = str(folder / "model_final.pth")
@@ -113,7 +125,7 @@ def plan(
         raise UserError("no teacher: give --teacher CONFIG, or MODEL.DISTILLER.TEACHER.WEIGHTS")
     for seed in seeds:
         for arm in arms:
-            own, needs = {**opts, **ARMS[arm]}, ()
+            own, needs = {**opts, **changes[arm]}, ()
             if arm in (STUDENT, LONG):
                 own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
                 needs = (STUDENT, main_arm(cfg)) if arm == LONG else ()

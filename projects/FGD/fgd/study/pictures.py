@@ -1,4 +1,4 @@
-"""Pictures of a study: AP of each seed, losses, and what teacher and student attend to."""
+"""Pictures of a study: AP of each seed, losses, and what is distilled."""
 
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..config import load_config
 from ..data.datasets import register_from_config
 from ..errors import UserError
-from ..visualize import attention_figure, level_maps, loss_figure, rgb_pixels
+from ..visualize import loss_figure, picture_figure, record_pictures, rgb_pixels
 from ..visualize.run import load_inputs, open_run
 from .arms import TEACHER, Run
 from .files import is_finished
@@ -24,7 +24,7 @@ def draw(
     """Caption → PNG in ``output``, of what has finished; and sentences on what could not be drawn.
 
     Args:
-        rows: of `summarize`. main: the arm whose attention is shown, on so many test images.
+        rows: of `summarize`. main: the arm whose maps are shown, on so many test images.
     """
     done = [run for run in runs if is_finished(run)]
     found = {"AP of each seed, boxes": _save(ap_figure(rows), output / "ap.png")}
@@ -36,15 +36,15 @@ def draw(
     }
     if curves:
         caption = f"Losses over the iterations, seed {first}"
-        figure = loss_figure(curves, ("total_loss", "loss_", "fgd/"))
+        figure = loss_figure(curves, ("total_loss", "loss_", "distill/"))
         found[caption] = _save(figure, output / "losses.png")
     distilled = [run for run in done if run.arm == main]
     try:
-        for i, figure in enumerate(attention(distilled[0], images) if distilled else (), 1):
-            caption = f"Attention on a test image ({distilled[0]}), {i} of {images}"
-            found[caption] = _save(figure, output / f"attention_{i}.png")
+        for i, figure in enumerate(distilled_maps(distilled[0], images) if distilled else (), 1):
+            caption = f"Distilled maps of a test image ({distilled[0]}), {i} of {images}"
+            found[caption] = _save(figure, output / f"maps_{i}.png")
     except UserError as error:
-        return found, [f"Attention is not shown: {error}"]
+        return found, [f"Distilled maps are not shown: {error}"]
     return found, []
 
 
@@ -64,29 +64,27 @@ def ap_figure(rows: Sequence[dict]) -> Figure:
     return figure
 
 
-def attention(run: Run, images: int) -> List[Figure]:
-    """Masks and attention of the trained student and its teacher on test images with objects.
+def distilled_maps(run: Run, images: int) -> List[Figure]:
+    """What the method sees of the trained student and its teacher on test images with objects.
 
-    Empty for other methods than FGD.
+    Empty for a method without pictures.
 
     Raises:
         UserError: checkpoint or teacher are not those of the run, or are gone.
     """
     teacher = run.opts["MODEL.DISTILLER.TEACHER.WEIGHTS"]
     distiller, cfg = open_run(str(run.folder / "model_final.pth"), teacher)
-    if cfg.MODEL.DISTILLER.METHOD != "FGD":
-        return []
     options = [word for pair in run.opts.items() for word in pair]  # the data may have moved
     cfg.DATASETS = load_config(run.config_file, options).DATASETS
     cfg.OUTPUT_DIR = str(run.folder)  # generated pictures are there
-    return [
-        attention_figure(
-            rgb_pixels(inputs["image"], cfg.INPUT.FORMAT),
-            inputs["instances"].gt_boxes.tensor,
-            level_maps(distiller, inputs),
-        )
-        for inputs in labelled_inputs(cfg, images)
-    ]
+    figures = []
+    for inputs in labelled_inputs(cfg, images):
+        recorded = record_pictures(distiller, inputs)
+        if recorded.pictures:
+            image = rgb_pixels(inputs["image"], cfg.INPUT.FORMAT)
+            drawn = recorded.boxes, recorded.pictures, recorded.padded_size
+            figures.append(picture_figure(image, *drawn))
+    return figures
 
 
 def labelled_inputs(cfg: CfgNode, images: int) -> List[dict]:

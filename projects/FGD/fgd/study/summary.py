@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 
 from ..data.datasets import coco_ground_truth, register_from_config
 from ..errors import UserError
-from .arms import ABLATIONS, LONG, STUDENT, TEACHER, Run
+from .arms import LONG, STUDENT, TEACHER, Run, is_ablation
 from .bootstrap import ALL, compare, replicates, resampled_sets
 from .files import is_finished, read_minutes, read_result
 from .matches import index_truth, match
@@ -77,7 +77,7 @@ def pairs(arms: Sequence[str], main: str) -> List[Tuple[str, str]]:
     """Which arms are compared: each with the student alone, the main arm with the student that had
     its time, and each ablation with the main arm."""
     found = [(arm, STUDENT) for arm in arms if arm not in (STUDENT, TEACHER)]
-    found += [(main, LONG)] + [(arm, main) for arm in arms if arm in ABLATIONS]
+    found += [(main, LONG)] + [(arm, main) for arm in arms if is_ablation(arm)]
     return [(arm, against) for arm, against in found if arm in arms and against in arms]
 
 

@@ -1,14 +1,13 @@
 """Pictures of what the distillation loss sees, and of how training went."""
 
-from .figures import attention_figure, loss_figure, read_metrics, rgb_pixels
-from .maps import LevelMaps, MapRecorder, level_maps
+from .figures import loss_figure, picture_figure, read_metrics, rgb_pixels
+from .maps import PictureRecorder, record_pictures
 
 __all__ = [
-    "LevelMaps",
-    "MapRecorder",
-    "attention_figure",
-    "level_maps",
+    "PictureRecorder",
     "loss_figure",
+    "picture_figure",
     "read_metrics",
+    "record_pictures",
     "rgb_pixels",
 ]

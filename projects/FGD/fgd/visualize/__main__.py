@@ -1,11 +1,11 @@
-"""What did the loss look at? Masks and attention of student and teacher, level by level.
+"""What did the loss look at? The method's pictures of student and teacher, level by level.
 
     python -m fgd.visualize output/model_final.pth photos/*.jpg --dataset annotations.json
 
-writes a picture and the arrays behind it (.npz) for each image: foreground and background weights,
-the teacher's and the student's spatial attention and their difference, as the loss uses them. The
-image gets the config's test size; boxes are the ground truth of --dataset, or else what the student
-detects.
+writes a picture and the arrays behind it (.npz) for each image: of FGD the weights of foreground
+and background, the spatial attention of teacher and student and its difference (student - teacher),
+as the loss uses them; of most methods where the maps respond. The image gets the config's test
+size; boxes are the ground truth of --dataset, or else what the student detects.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from ..data.coco_json import bad_box
 from ..distillation.distiller import Distiller
 from ..errors import UserError
 from ..files import atomic_write
-from .figures import attention_figure, rgb_pixels
-from .maps import LevelMaps, level_maps
+from .figures import picture_figure, rgb_pixels
+from .maps import PictureRecorder, record_pictures
 from .run import load_inputs, open_run
 
 
@@ -57,8 +57,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             title = "ground truth" if args.dataset else "detections"
             if not args.dataset:
                 inputs["instances"] = detections(distiller, inputs, args.score)
-            maps = level_maps(distiller, inputs)
-            for written in save(folder / name, inputs, maps, cfg.INPUT.FORMAT, title):
+            recorded = record_pictures(distiller, inputs)
+            if not recorded.pictures:
+                raise UserError(f"{cfg.MODEL.DISTILLER.METHOD} uses no maps that could be drawn")
+            for written in save(folder / name, inputs, recorded, cfg.INPUT.FORMAT, title):
                 print(f"{written} ({len(inputs['instances'])} boxes, {title})", flush=True)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -128,21 +130,24 @@ def detections(distiller: Distiller, inputs: dict, score: float) -> Instances:
 
 
 def save(
-    stem: Path, inputs: dict, maps: Dict[str, LevelMaps], image_format: str, title: str
+    stem: Path, inputs: dict, recorded: PictureRecorder, image_format: str, title: str
 ) -> List[Path]:
     """Write ``stem``.png and ``stem``.npz, each completely or not at all; returns their paths.
 
-    The arrays: "p3/foreground" and so on of every level, "boxes" (R, 4) XYXY in pixels of the
-    network's input, "image_size" and "padded_size" (height, width).
+    The arrays: "p3/foreground" and so on of every level, with _ for the spaces of captions;
+    "boxes" (R, 4) XYXY in pixels of the network's input, "image_size" and "padded_size" (height,
+    width).
     """
     boxes = inputs["instances"].gt_boxes.tensor
-    arrays = {"boxes": boxes.numpy(), "image_size": np.array(inputs["image"].shape[-2:])}
-    for level, own in maps.items():
-        arrays["padded_size"] = np.array(own.padded_size)
-        named = {**own._asdict(), "difference": own.difference}
-        arrays.update({f"{level}/{k}": v for k, v in named.items() if k != "padded_size"})
+    arrays = {
+        "boxes": boxes.numpy(),
+        "image_size": np.array(inputs["image"].shape[-2:]),
+        "padded_size": np.array(recorded.padded_size),
+    }
+    for level, own in recorded.pictures.items():
+        arrays.update({f"{level}/{k.replace(' ', '_')}": v.values for k, v in own.items()})
     image = rgb_pixels(inputs["image"], image_format)
-    figure = attention_figure(image, boxes, maps, title)
+    figure = picture_figure(image, boxes, recorded.pictures, recorded.padded_size, title)
     png, npz = (stem.with_name(f"{stem.name}{end}") for end in (".png", ".npz"))
     atomic_write(str(npz), lambda file: np.savez_compressed(file, **arrays))
     atomic_write(str(png), lambda file: figure.savefig(file, format="png", dpi=110))

@@ -1,52 +1,61 @@
-"""Figures: masks and attention over an image, and losses over the iterations."""
+"""Figures: a method's pictures over an image, and losses over the iterations."""
 
 import json
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence
+from typing import Dict, Iterable, List, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .maps import LevelMaps
+from ..methods.method import Picture
+from .maps import Pictures
 
-_COLUMNS = ("foreground", "background", "teacher", "student", "student - teacher")
 
-
-def attention_figure(
-    image: np.ndarray, boxes: Tensor, maps: Mapping[str, LevelMaps], title: str = "ground truth"
+def picture_figure(
+    image: np.ndarray,
+    boxes: Tensor,
+    pictures: Pictures,
+    padded_size: Sequence[int],
+    title: str = "ground truth",
 ) -> Figure:
-    """One row per level: the image with boxes, then over it each mask, attention, and difference.
+    """One row per level: the image with boxes, then over it each of the level's pictures.
 
-    Both attentions of a level have one scale, so that they can be compared by eye.
+    Pictures of a level in one group have one scale, so that they can be compared by eye; those
+    with values on both sides of 0 have a scale that is symmetric.
 
     Args:
         image: (H, W, 3) uint8 RGB, the network's input. boxes: (R, 4) XYXY in its pixels.
+        padded_size: (height, width) in pixels that the pictures lie over.
         title: of the first column: whose boxes they are.
     """
-    titles = (title, *_COLUMNS)
-    figure = Figure(figsize=(2 * len(titles), 2.1 * len(maps)), layout="constrained")
-    axes = figure.subplots(len(maps), len(titles), squeeze=False)
-    for row, (level, arrays) in zip(axes, maps.items()):
-        top = max(arrays.teacher_attention.max(), arrays.student_attention.max())
-        bound = max(abs(arrays.difference).max(), 1e-6)
-        overlays = (
-            (arrays.foreground, {"vmin": 0}),
-            (arrays.background, {"vmin": 0}),
-            (arrays.teacher_attention, {"vmin": 0, "vmax": top}),
-            (arrays.student_attention, {"vmin": 0, "vmax": top}),
-            (arrays.difference, {"cmap": "coolwarm", "vmin": -bound, "vmax": bound}),
-        )
+    captions = list(dict.fromkeys(name for level in pictures.values() for name in level))
+    size = 2 * (1 + len(captions)), 2.1 * len(pictures)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(pictures), 1 + len(captions), squeeze=False)
+    height, width = padded_size
+    for row, (level, own) in zip(axes, pictures.items()):
         for axis in row:
-            _draw_image(axis, image, boxes, arrays.padded_size)
-        for axis, (array, scale) in zip(row[1:], overlays):
-            height, width = arrays.padded_size
-            axis.imshow(array, extent=(0, width, height, 0), alpha=0.7, **scale)
+            _draw_image(axis, image, boxes, padded_size)
+        for axis, caption in zip(row[1:], captions):
+            if caption in own:
+                scale = _scale(own[caption], own.values())
+                extent = (0, width, height, 0)
+                axis.imshow(own[caption].values, extent=extent, alpha=0.7, **scale)
         row[0].set_ylabel(level)
-    for axis, text in zip(axes[0], titles):
+    for axis, text in zip(axes[0], (title, *captions)):
         axis.set_title(text, fontsize=9)
     return figure
+
+
+def _scale(picture: Picture, others: Iterable[Picture]) -> dict:
+    """Colours of one picture, given all of its level."""
+    group = [x for x in others if x is picture or picture.group and x.group == picture.group]
+    bound = max([*(abs(x.values).max() for x in group), 1e-6])
+    if min(x.values.min() for x in group) < 0:
+        return {"cmap": "coolwarm", "vmin": -bound, "vmax": bound}
+    return {"vmin": 0, "vmax": bound}
 
 
 def rgb_pixels(image: Tensor, image_format: str) -> np.ndarray:

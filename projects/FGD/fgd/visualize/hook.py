@@ -1,4 +1,4 @@
-"""Masks and attention of a training batch in TensorBoard, every so many iterations."""
+"""The method's pictures of a training batch in TensorBoard, every so many iterations."""
 
 from typing import List, Optional
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..config import META_ARCHITECTURE
-from .figures import attention_figure, rgb_pixels
-from .maps import MapRecorder
+from .figures import picture_figure, rgb_pixels
+from .maps import PictureRecorder
 
 NAME = "distillation maps"  # of the picture in TensorBoard
 
@@ -30,7 +30,7 @@ class LogPictures(HookBase):
     """Draws what the loss of each ``period``-th step was called with, of the batch's first image.
 
     It looks on: no forward of its own, no random number, so training stays as it is bit by bit.
-    Steps without distillation (a schedule's factor of 0) have no picture.
+    Steps without distillation (a schedule's factor of 0) and methods without maps have none.
 
     Args:
         image_format: channel order of the batch, "BGR" or "RGB".
@@ -38,13 +38,13 @@ class LogPictures(HookBase):
 
     def __init__(self, period: int, image_format: str):
         self.period, self.image_format = period, image_format
-        self._recorder: Optional[MapRecorder] = None
+        self._recorder: Optional[PictureRecorder] = None
 
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self.period:
             return
         model = compat.unwrap(self.trainer.model)
-        self._recorder = MapRecorder(model.distillation).__enter__()
+        self._recorder = PictureRecorder(model).__enter__()
         self._handle = model.register_forward_pre_hook(self._keep_image)
 
     def _keep_image(self, model: nn.Module, args: tuple) -> None:
@@ -56,9 +56,10 @@ class LogPictures(HookBase):
         recorder, self._recorder = self._recorder, None
         recorder.__exit__()
         self._handle.remove()
-        if recorder.maps:
+        if recorder.pictures:
             image = rgb_pixels(self._image, self.image_format)
-            figure = attention_figure(image, recorder.boxes, recorder.maps, "ground truth")
+            drawn = recorder.boxes, recorder.pictures, recorder.padded_size
+            figure = picture_figure(image, *drawn)
             self.trainer.storage.put_image(NAME, rendered(figure))
 
 

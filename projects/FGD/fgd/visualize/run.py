@@ -9,9 +9,11 @@ from detectron2.data import transforms as T
 
 from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..data.images import ImageMapper
+from ..distillation.config import needs_teacher
 from ..distillation.distiller import Distiller
 from ..engine.checkpoint import FORMAT
 from ..errors import UserError
+from ..methods.method import chosen_methods
 from ..weights import load_complete, read_weights, weights_sha256
 
 
@@ -32,7 +34,8 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
     node = cfg.MODEL.DISTILLER.TEACHER
     node.WEIGHTS = teacher or node.WEIGHTS
     node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
-    _check_teacher(node, data.get("teacher") or {})
+    if needs_teacher(cfg):
+        _check_teacher(node, data.get("teacher") or {})
     if cfg.MODEL.TIMM.NORM != "FrozenBN":  # which asks for pretrained weights
         cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
     _without_gpu(cfg)
@@ -80,7 +83,7 @@ def _without_gpu(cfg: CfgNode) -> None:
     if torch.cuda.is_available() or not cfg.MODEL.DEVICE.startswith("cuda"):
         return
     cfg.MODEL.DEVICE = "cpu"
-    if node.FGD.IMPLEMENTATION == "triton":
-        node.FGD.IMPLEMENTATION = "torch"
+    for method in chosen_methods(cfg):
+        method.without_gpu(method.node(cfg))
     if node.TEACHER.PRECISION == "float16":
         node.TEACHER.PRECISION = "float32"

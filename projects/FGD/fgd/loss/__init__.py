@@ -1,1 +1,0 @@
-"""The FGD terms: masks, attention, the definition, and the same in less memory and time."""

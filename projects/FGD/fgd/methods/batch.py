@@ -1,0 +1,66 @@
+"""What a distillation method is given: levels when it is built, a batch at each step."""
+
+from dataclasses import dataclass, replace
+from typing import Dict, Iterable, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+Maps = Dict[str, Tensor]  # by the student's level, (N, C, H, W)
+Size = Tuple[int, int]  # height, width
+
+
+class Level(NamedTuple):
+    """One distilled level; the loss, its modules and the log go by ``name``."""
+
+    name: str  # of the student's output
+    student_channels: int
+    teacher_channels: int
+    teacher_name: str = ""  # of the teacher's output; "" where no teacher is involved
+    stride: int = 0  # of the student's output, in pixels; 0 where it states none
+
+
+@dataclass
+class Batch:
+    """A training batch of N images as student and teacher see it.
+
+    Attributes:
+        student: maps of the distilled levels; gradients flow into them.
+        teacher: maps under the same names, without gradient; {} without a teacher. With
+            ``same_grid`` methods both have the same N, H and W.
+        instances: ground truth of each image on the device of the maps: ``gt_boxes`` XYXY in
+            pixels of the network input, ``gt_classes`` in 0..K-1; either may have no row.
+        image_sizes: of each image before padding. padded_size: of the batch, which maps cover.
+        iteration, seed, rank: what random numbers are made from, see `generator`.
+    """
+
+    student: Maps
+    teacher: Maps
+    instances: List[Instances]
+    image_sizes: List[Size]
+    padded_size: Size
+    iteration: int = 0
+    seed: int = 0
+    rank: int = 0
+
+    @property
+    def boxes(self) -> List[Tensor]:
+        """Ground-truth boxes of each image, (R_i, 4)."""
+        return [x.gt_boxes.tensor for x in self.instances]
+
+    def generator(self, device: torch.device, *key: int) -> torch.Generator:
+        """Random numbers that depend on seed, iteration, rank and ``key`` alone.
+
+        So a resumed run draws what the uninterrupted one draws, and ranks draw different ones.
+        """
+        parts = (self.seed, self.iteration, self.rank, *key)
+        state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+        return torch.Generator(device).manual_seed(int(state >> 1))
+
+    def only(self, levels: Iterable[str]) -> "Batch":
+        """The same batch with the maps of these levels alone."""
+        names = list(levels)
+        sides = ({k: maps[k] for k in names if k in maps} for maps in (self.student, self.teacher))
+        return replace(self, **dict(zip(("student", "teacher"), sides)))

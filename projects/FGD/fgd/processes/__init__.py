@@ -1,0 +1,1 @@
+"""Several processes as one job: signals, ranks, the lock on a folder, random states."""
