@@ -64,7 +64,7 @@ def test_every_level_of_reppoints_ends_in_a_norm(tiny_cfg):
     neck = build_backbone(cfg).eval()
     sources, _ = choose_sources("auto", neck, neck, PARTNERS)
     output = neck(IMAGES)
-    for level, value in read_levels(neck, IMAGES, sources).items():
+    for level, value in read_levels(neck, IMAGES, sources)[0].items():
         torch.testing.assert_close(neck.get_submodule(sources[level].norm)(value), output[level])
         assert not torch.allclose(value, output[level], atol=0.1)
 
@@ -97,7 +97,7 @@ def test_what_is_read_is_the_last_convolutions_result(backbone):
     neck = backbone().train()
     _, sources = choose_sources("auto", neck, neck, PARTNERS)
     output = neck(IMAGES)
-    features = read_levels(neck, IMAGES, sources)
+    features, _ = read_levels(neck, IMAGES, sources)
     for level in ("p3", "p4", "p5"):
         norm = neck.get_submodule(f"fpn_output{level[1:]}").norm
         assert not torch.allclose(features[level], output[level], atol=0.1)
@@ -139,6 +139,6 @@ def test_nothing_is_held_after_it_was_handed_out(backbone):
 
 def test_sources_rename_and_choose():
     sources = {"a": Source("p3")}
-    features = read_levels(Doubling(), torch.ones(1, 3, 2, 2), sources)
+    features, _ = read_levels(Doubling(), torch.ones(1, 3, 2, 2), sources)
     assert list(features) == ["a"] and str(sources["a"]) == "p3"
     assert str(Source("p3", "fpn_output3.norm")) == "p3 before fpn_output3.norm"

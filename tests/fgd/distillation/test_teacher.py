@@ -70,7 +70,7 @@ def test_frozen_and_equal_to_the_detectors_own_features(tiny_cfg, make_batch):
         wanted = model.backbone(images.tensor)
     model.train()
     teacher = FrozenTeacher(model, "BGR", "BGR")
-    features = teacher.features(batch, images.tensor.shape[-2:])
+    features = teacher.look(batch, images.tensor.shape[-2:]).maps
     for name, value in wanted.items():
         torch.testing.assert_close(features[name], value, rtol=0, atol=0)
         assert not features[name].requires_grad
@@ -78,7 +78,7 @@ def test_frozen_and_equal_to_the_detectors_own_features(tiny_cfg, make_batch):
     assert not any(m.training for m in teacher.backbone.modules())
 
     flipped = [{**x, "image": x["image"].flip(0)} for x in batch]
-    again = FrozenTeacher(model, "RGB", "BGR").features(flipped, images.tensor.shape[-2:])
+    again = FrozenTeacher(model, "RGB", "BGR").look(flipped, images.tensor.shape[-2:]).maps
     torch.testing.assert_close(again["p3"], wanted["p3"], rtol=0, atol=0)
 
 
@@ -95,7 +95,7 @@ def test_precision_and_layout_are_the_config_keys_alone(teacher_file, make_batch
         inputs = []
         teacher.backbone.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            maps = teacher.features(batch, size)
+            maps = teacher.look(batch, size).maps
         assert inputs[0].dtype == torch.float32  # normalised before autocast
         last = inputs[0].is_contiguous(memory_format=torch.channels_last)
         assert last == (len(options) == 2 and options[1])

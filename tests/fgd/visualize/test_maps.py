@@ -44,6 +44,9 @@ def test_arrays_are_those_of_the_loss(tiny_cfg, make_batch, mask_reference):
     distiller.train()
     tap = Tap(distiller.distillation)
     recorded = record_pictures(distiller, inputs)
+    with torch.no_grad():
+        distiller.terms(distiller.batch(distiller.eval().read_student([inputs]), [inputs]))
+    distiller.train()
     assert distiller.training and list(recorded.pictures) == list(tap.calls) == ["p3", "p4"]
     assert recorded.padded_size == (64, 96)
     for name, pictures in recorded.pictures.items():
@@ -69,9 +72,9 @@ def test_any_image_of_a_batch_in_training(tiny_cfg, make_batch):
     distiller, batch = make_distiller(tiny_cfg), make_batch()
     distiller.distillation.levels["p3"].align.requires_grad_(False)
     tap = Tap(distiller.distillation)
-    features, size = distiller.read_student(batch)
+    seen = distiller.read_student(batch)
     with PictureRecorder(distiller, image=1) as recorder:
-        table = distiller.terms(distiller.batch(features, batch, size))
+        table = distiller.terms(distiller.batch(seen, batch))
     assert table["p4"]["fgd_attention"].requires_grad
     (student, _, foreground, _), _ = tap.calls["p4"]
     pictures = recorder.pictures["p4"]
@@ -79,7 +82,7 @@ def test_any_image_of_a_batch_in_training(tiny_cfg, make_batch):
     wanted = spatial_attention(student[1:], 0.5)[0].numpy()
     assert pictures["student attention"].values == pytest.approx(wanted, rel=1e-6)
     assert torch.equal(recorder.boxes, batch[1]["instances"].gt_boxes.tensor)
-    distiller.terms(distiller.batch(features, batch[::-1], size))  # no longer recorded
+    distiller.terms(distiller.batch(seen, batch[::-1]))  # no longer recorded
     assert torch.equal(recorder.boxes, batch[1]["instances"].gt_boxes.tensor)
 
 

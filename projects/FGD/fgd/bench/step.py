@@ -67,7 +67,7 @@ def measure(
     device, padded = work.distiller.device, padded_size(work.student, work.batch)
     node = cfg.MODEL.DISTILLER.TEACHER
     calls = {
-        variant: lambda teacher=teacher: teacher.features(work.batch, padded)
+        variant: lambda teacher=teacher: teacher.look(work.batch, padded)
         for variant, teacher in work.teachers.items()
     }
     own = node.PRECISION, node.CHANNELS_LAST  # the variant that the distillation step runs
@@ -96,7 +96,7 @@ def measure(
         "parts": _parts(rows, times, device),
         "over_parts": over_parts,
         "goals": [step_goal(over_parts).json()],
-        "teachers": _teachers(of_variants, term_changes(work, padded)),
+        "teachers": _teachers(of_variants, term_changes(work)),
         "noise": noise(times, load, threads, on_cpu=device.type == "cpu"),
     }
 
@@ -136,9 +136,7 @@ def _teachers(times: Dict[tuple, Times], changes: Dict[tuple, dict]) -> List[Dic
 
 
 @torch.no_grad()
-def term_changes(
-    work: Workload, padded: Tuple[int, int]
-) -> Dict[tuple, Dict[str, Optional[float]]]:
+def term_changes(work: Workload) -> Dict[tuple, Dict[str, Optional[float]]]:
     """By teacher variant: each term of the method over that with the float32 teacher, minus 1.
 
     None for a term that is 0 with the float32 teacher, and for a teacher with random weights: its
@@ -147,16 +145,13 @@ def term_changes(
     names = [name.removeprefix("loss_") for name in work.distiller.distillation.loss_names]
     if "teacher" in work.random:
         return {variant: dict.fromkeys(names) for variant in work.teachers}
-    features, _ = work.distiller.read_student(work.batch)
-    work.distiller._tap.pop()
-
+    with EventStorage():
+        _, seen = work.distiller.run_student(work.batch)
     own = work.distiller.teacher
 
     def terms(teacher) -> Dict[str, float]:
         work.distiller.teacher = teacher
-        losses = over_levels(
-            work.distiller.terms(work.distiller.batch(features, work.batch, padded))
-        )
+        losses = over_levels(work.distiller.terms(work.distiller.batch(seen, work.batch)))
         return {name: losses[name].item() for name in names}
 
     values = {variant: terms(teacher) for variant, teacher in work.teachers.items()}

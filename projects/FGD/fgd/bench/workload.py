@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS, config_value
-from ..distillation.taps import Sources
 from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
 from ..engine.trainer import load_student_weights
 from ..errors import UserError
@@ -72,7 +71,7 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
         cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = path
         check_config(cfg)
         distiller = build_model(cfg).train()
-        teachers = _teacher_variants(cfg, distiller.teacher.sources)
+        teachers = _teacher_variants(cfg, distiller.teacher)
     _fill_student(cfg, distiller, inputs, random)
     student = build_model(student_config(cfg)).train()
     student.load_state_dict(distiller.student.state_dict())
@@ -99,7 +98,7 @@ def _teacher_file(cfg: CfgNode, inputs: List[dict], random: List[str]):
     model = build_model(config)
     teacher = FrozenTeacher(model, config.INPUT.FORMAT, cfg.INPUT.FORMAT)
     with norms_from_data(model.backbone):
-        teacher.features(inputs, padded_size(model, inputs))
+        teacher.look(inputs, padded_size(model, inputs))
     random.append("teacher")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "random_teacher.pth")
@@ -124,8 +123,9 @@ def padded_size(model: nn.Module, inputs: List[dict]) -> Tuple[int, int]:
     return tuple(model.preprocess_image(inputs).tensor.shape[-2:])
 
 
-def _teacher_variants(cfg: CfgNode, sources: Sources) -> Dict[Tuple[str, bool], FrozenTeacher]:
+def _teacher_variants(cfg: CfgNode, own: FrozenTeacher) -> Dict[Tuple[str, bool], FrozenTeacher]:
     """The config's teacher in each precision and memory order that the device has."""
+    keep = [name for name in own.parts if name != "backbone"]
     precisions = ["float32", "bfloat16"]
     if torch.device(cfg.MODEL.DEVICE).type == "cuda":
         precisions.append("float16")
@@ -134,7 +134,7 @@ def _teacher_variants(cfg: CfgNode, sources: Sources) -> Dict[Tuple[str, bool], 
         model, config = build_teacher(cfg)  # the order belongs to the weights: a model for each
         formats = config.INPUT.FORMAT, cfg.INPUT.FORMAT
         for precision in precisions:
-            teacher = FrozenTeacher(model, *formats, precision, channels_last, sources)
+            teacher = FrozenTeacher(model, *formats, precision, channels_last, own.sources, keep)
             variants[precision, channels_last] = teacher
     return variants
 

@@ -1,29 +1,44 @@
 """The meta-architecture that trains a student under a frozen teacher."""
 
 import logging
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Callable, Collection, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..config import student_config
 from ..errors import UserError
-from ..methods.batch import Batch, Level
-from ..methods.method import Method, Table, build_method, over_levels
+from ..methods.batch import Batch, Regions
+from ..methods.method import Table, over_levels
 from .config import asked_for, check_distiller
 from .inherit import inherit, neck_and_head
-from .levels import Outputs, level_table, plan_levels
+from .needs import wants_regions
+from .plan import freeze_teacher, make_plan, summarize
+from .regions import Recorded, RegionTap, regions_of
 from .schedule import ALWAYS, Schedule, schedule_from_config
-from .taps import FeatureTap, Source, Sources, choose_sources, describe_sources, read_levels
-from .teacher import FrozenTeacher, build_teacher
+from .taps import FeatureTap, Source, Sources, read_levels
+from .teacher import FrozenTeacher, TeacherView, build_teacher
 
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, Tensor]  # by the student's level
+
+
+class Seen(NamedTuple):
+    """What was recorded of one forward of the student.
+
+    Attributes:
+        features: its maps of the distilled levels. padded_size: (height, width) of the batch.
+        regions: of a training forward, where a method needs them.
+    """
+
+    features: Features
+    padded_size: Tuple[int, int]
+    regions: Optional[Recorded] = None
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,6 +60,7 @@ class Distiller(nn.Module):
             inherits (MODEL.DISTILLER.METHOD "").
         inheritable: the teacher's neck and head, to be copied by `inherit_from_teacher`, or None.
         sources: what is distilled of the student's backbone; None = all its outputs.
+        asked_for: what the method needs, of `fgd.methods.method.NEEDS`.
         same_grid: levels whose cells are compared with the teacher's; None = all.
         schedule: the common factor on the method's terms, by iteration.
         summary: one line that says what is distilled from what.
@@ -59,6 +75,7 @@ class Distiller(nn.Module):
         distillation: Optional[nn.Module],
         inheritable: Optional[Dict[str, Tensor]] = None,
         sources: Optional[Sources] = None,
+        asked_for: Collection[str] = ("teacher", "maps"),
         same_grid: Optional[Sequence[str]] = None,
         schedule: Schedule = ALWAYS,
         summary: str = "",
@@ -73,8 +90,10 @@ class Distiller(nn.Module):
         self.factor, self.seed = 0.0, 0
         self.table: Dict[str, Dict[str, Tensor]] = {}
         self.watch: Optional[Callable[[Batch], None]] = None
+        self.asked_for = frozenset(asked_for)
         if distillation is not None:
             self._tap = FeatureTap(student.backbone, sources)
+        self._region_tap = RegionTap(student.roi_heads) if wants_regions(self.asked_for) else None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -84,17 +103,18 @@ class Distiller(nn.Module):
         # student's run must not notice: with all weights at 0 it equals the plain student's.
         with torch.random.fork_rng():
             model, teacher_cfg = build_teacher(cfg)
-            plan = _plan(cfg, student.backbone, model and model.backbone)
+            plan = make_plan(cfg, student, model)
         inheritable = neck_and_head(model) if cfg.MODEL.DISTILLER.INHERIT else None
         return {
             "student": student,
-            "teacher": _freeze(cfg, model, teacher_cfg, plan),
+            "teacher": freeze_teacher(cfg, model, teacher_cfg, plan),
             "distillation": plan.method,
             "inheritable": inheritable,
             "sources": plan.sources,
+            "asked_for": asked_for(cfg),
             "same_grid": plan.same_grid,
             "schedule": schedule_from_config(cfg),
-            "summary": _summary(cfg, teacher_cfg, plan),
+            "summary": summarize(cfg, teacher_cfg, plan),
         }
 
     @property
@@ -118,43 +138,52 @@ class Distiller(nn.Module):
         """Training: dict of named scalar losses. Inference: the student's list[dict]."""
         if not self.training or self.distillation is None:
             return self.student(batched_inputs)
-        losses = self.student(batched_inputs)
-        features, padded_size = self._tap.pop()
+        losses, seen = self.run_student(batched_inputs)
         iteration = get_event_storage().iter
         self.factor, self.table = self.schedule.value(iteration), {}
         if self.factor == 0:
-            zero = _zero(*self.distillation.parameters(), *features.values())
+            zero = _zero(*self.distillation.parameters(), *seen.features.values())
             return {**losses, **dict.fromkeys(self.distillation.loss_names, zero)}
-        batch = self.batch(features, batched_inputs, padded_size, iteration)
-        return {**losses, **self._sum(self.terms(batch))}
+        return {**losses, **self._sum(self.terms(self.batch(seen, batched_inputs, iteration)))}
 
-    def batch(
-        self,
-        features: Features,
-        batched_inputs: List[dict],
-        padded_size: Tuple[int, int],
-        iteration: int = 0,
-    ) -> Batch:
+    def run_student(self, batched_inputs: List[dict]) -> Tuple[Dict[str, Tensor], Seen]:
+        """A training forward of the student: its own losses, and what the method may see of it."""
+        losses = self.student(batched_inputs)
+        features, padded_size = self._tap.pop()
+        regions = self._region_tap.pop() if self._region_tap else None
+        return losses, Seen(features, padded_size, regions)
+
+    def batch(self, seen: Seen, batched_inputs: List[dict], iteration: int = 0) -> Batch:
         """What the method is given; runs the teacher.
 
         Args:
-            features: of the student, for a batch padded to (height, width) ``padded_size``.
-            batched_inputs: mapped dataset dicts with instances.
+            seen: of the student. batched_inputs: mapped dataset dicts with instances.
         Raises:
             UserError: the grids of a level differ between student and teacher.
         """
-        taught = self.teacher.features(batched_inputs, padded_size) if self.teacher else {}
-        self._check_grids(features, taught, padded_size)
+        features, padded_size, recorded = seen
+        taught = TeacherView({}, {})
+        if self.teacher is not None:
+            taught = self.teacher.look(batched_inputs, padded_size)
+        self._check_grids(features, taught.maps, padded_size)
         return Batch(
             student=features,
-            teacher=taught,
+            teacher=taught.maps,
             instances=[x["instances"].to(self.device) for x in batched_inputs],
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             padded_size=padded_size,
             iteration=iteration,
             seed=self.seed,
             rank=comm.get_rank(),
+            regions=None if recorded is None else self._regions(recorded, taught),
         )
+
+    def _regions(self, recorded: Recorded, taught: TeacherView) -> Regions:
+        view = None
+        if self.teacher is not None:
+            view = self.teacher.regions(taught.outputs, recorded.boxes)
+        every_level = "region_levels" in self.asked_for
+        return regions_of(recorded, self.student.roi_heads, view, every_level)
 
     def terms(self, batch: Batch) -> Table:
         """The method's weighted scalars by level, before the schedule's factor; fills ``table``."""
@@ -192,10 +221,11 @@ class Distiller(nn.Module):
                     "MODEL.DISTILLER.LEVEL_MAP, or leave the level out with MODEL.DISTILLER.LEVELS"
                 )
 
-    def read_student(self, batched_inputs: List[dict]) -> Tuple[Features, Tuple[int, int]]:
-        """The student's distilled features in its present mode, and the padded (height, width)."""
+    def read_student(self, batched_inputs: List[dict]) -> Seen:
+        """The student's distilled features in its present mode, without its heads."""
         images = self.student.preprocess_image(batched_inputs).tensor
-        return read_levels(self.student.backbone, images, self.sources), tuple(images.shape[-2:])
+        features, _ = read_levels(self.student.backbone, images, self.sources)
+        return Seen(features, tuple(images.shape[-2:]))
 
 
 def _zero(*parts: Tensor) -> Tensor:
@@ -205,87 +235,3 @@ def _zero(*parts: Tensor) -> Tensor:
     distillation reaches, at factor 0 or in a batch without objects.
     """
     return sum((0.0 * part[(0,) * part.dim()].float() for part in parts), torch.zeros(()))
-
-
-class _Plan(NamedTuple):
-    """What is distilled from what; nothing by default."""
-
-    method: Optional[nn.Module] = None
-    levels: Dict[Type[Method], List[Level]] = {}
-    sources: Optional[Sources] = None
-    teacher_sources: Optional[Sources] = None
-    same_grid: Sequence[str] = ()
-
-
-def _plan(cfg: CfgNode, student: Backbone, teacher: Optional[Backbone]) -> _Plan:
-    """The method over pairs of levels, and where their tensors are; logs both."""
-    if not cfg.MODEL.DISTILLER.METHOD:
-        return _Plan()
-    outputs = Outputs.of(student), teacher and Outputs.of(teacher)
-    levels = plan_levels(cfg, *outputs)
-    method = build_method(cfg, levels)
-    merged = {level.name: level for own in levels.values() for level in own}
-    if not merged:
-        return _Plan(method, levels, {}, {})
-    partners = {name: level.teacher_name for name, level in merged.items()}
-    log_levels(outputs, list(merged.values()))
-    _check_padding(student, teacher)
-    sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
-    for who, side in zip(("student", "teacher"), sources):
-        logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
-    same_grid = [x.name for cls, own in levels.items() if cls.same_grid for x in own]
-    return _Plan(method, levels, *sources, same_grid)
-
-
-def log_levels(outputs: Tuple[Outputs, Outputs], levels: Sequence[Level]) -> None:
-    """Tables of what teaches what: of the pyramids, and of the stages below where they teach."""
-    student, teacher = outputs
-    of_stages = [level for level in levels if level.name in student.stages]
-    of_levels = [level for level in levels if level not in of_stages]
-    table = level_table(student.levels, teacher.levels, of_levels)
-    if of_stages:
-        theirs = teacher.stages or teacher.levels
-        table += f"\n{level_table(student.stages, theirs, of_stages)}"
-    logger.info(f"Levels of student and teacher:\n{table}")
-
-
-def _check_padding(student: Backbone, teacher: Backbone) -> None:
-    # Detectron2 writes "no constraint" as 0.
-    if max(student.size_divisibility, 1) % max(teacher.size_divisibility, 1):
-        raise UserError(
-            f"cannot distil: the student pads its batches to multiples of "
-            f"{student.size_divisibility} pixels, the teacher needs multiples of "
-            f"{teacher.size_divisibility}; use backbones with equal size_divisibility"
-        )
-
-
-def _freeze(
-    cfg: CfgNode, model: Optional[nn.Module], teacher_cfg: Optional[CfgNode], plan: _Plan
-) -> Optional[FrozenTeacher]:
-    """The teacher as the methods need it; None if none of them needs one."""
-    if "teacher" not in asked_for(cfg):
-        return None
-    node = cfg.MODEL.DISTILLER.TEACHER
-    formats = teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT
-    return FrozenTeacher(model, *formats, node.PRECISION, node.CHANNELS_LAST, plan.teacher_sources)
-
-
-def _summary(cfg: CfgNode, teacher_cfg: Optional[CfgNode], plan: _Plan) -> str:
-    node = cfg.MODEL.DISTILLER
-    teacher = "no teacher"
-    if teacher_cfg is not None:
-        teacher = (
-            f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS} in "
-            f"{node.TEACHER.PRECISION}"
-        )
-    if not node.METHOD:
-        return f"Distillation is OFF: student {node.STUDENT} only inherits from {teacher}"
-    parts = []
-    for method, levels in plan.levels.items():
-        where = f" on {', '.join(x.name for x in levels)}" if levels else ""
-        settings = ", ".join(f"{k.lower()} {v}" for k, v in method.node(cfg).items())
-        parts.append(f"{method.__name__}{where} ({settings})")
-    return (
-        f"Distillation is ON: {' and '.join(parts)}; student {node.STUDENT}, {teacher}; "
-        f"{schedule_from_config(cfg).describe()}; inherit {node.INHERIT}"
-    )

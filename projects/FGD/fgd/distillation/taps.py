@@ -143,14 +143,16 @@ class _Recorder:
 
 def read_levels(
     backbone: nn.Module, images: Tensor, sources: Optional[Sources]
-) -> Dict[str, Tensor]:
-    """Run a backbone once, in whatever mode it is; level → (N, C, H, W).
+) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    """Run a backbone once, in whatever mode it is.
 
-    With sources None that is all outputs under their own names.
+    Returns:
+        level → (N, C, H, W), with sources None all outputs under their own names; and the outputs.
     """
     recorder = _Recorder(backbone, sources)
     try:
-        return recorder.select(backbone(images))
+        output = backbone(images)
+        return recorder.select(output), output
     finally:
         for handle in recorder.handles:
             handle.remove()

@@ -1,17 +1,20 @@
 """The teacher: built from its own config and weights, frozen, and never part of the student."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import load_config, load_config_text, student_config
 from ..errors import UserError
+from ..methods.batch import RegionView
 from ..weights import load_complete, read_weights
 from .config import needs_teacher
+from .regions import view_of
 from .taps import Sources, read_levels
 
 
@@ -54,19 +57,28 @@ def build_teacher(cfg: CfgNode) -> Tuple[Optional[nn.Module], Optional[CfgNode]]
     return model, config
 
 
+class TeacherView(NamedTuple):
+    """What the teacher makes of a batch."""
+
+    maps: Dict[str, Tensor]  # of the distilled levels, by the student's name
+    outputs: Dict[str, Tensor]  # of its backbone, by its own
+
+
 class FrozenTeacher:
-    """A detector's backbone and neck in eval mode, without gradients.
+    """A detector's backbone and neck in eval mode, without gradients; heads if they are needed.
 
     Deliberately not an nn.Module: as a plain attribute of the distiller it is in no state_dict,
     optimizer, DDP bucket or checkpoint, and ``.train()`` does not reach it.
 
     Args:
-        model: the teacher's detector; only ``backbone``, ``pixel_mean`` and ``pixel_std`` are kept.
+        model: the teacher's detector; only ``backbone``, ``pixel_mean`` and ``pixel_std`` are kept,
+            and what ``keep`` names.
         input_format: channel order that it expects, "BGR" or "RGB".
         batch_format: channel order of the images that it will be given, the student's.
         precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.
         channels_last: compute in that memory order.
-        sources: what `features` takes, by the student's level; None = all outputs.
+        sources: what `look` takes, by the student's level; None = all outputs.
+        keep: names of further submodules, such as "roi_heads"; all that is kept is in ``parts``.
     """
 
     def __init__(
@@ -77,6 +89,7 @@ class FrozenTeacher:
         precision: str = "float32",
         channels_last: bool = False,
         sources: Optional[Sources] = None,
+        keep: Sequence[str] = (),
     ):
         if sorted(input_format) != sorted(batch_format):
             raise UserError(
@@ -84,17 +97,18 @@ class FrozenTeacher:
                 f"{batch_format!r}"
             )
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.backbone = model.backbone.eval().requires_grad_(False).to(memory_format=self.layout)
+        self.parts = {name: getattr(model, name) for name in ("backbone", *keep)}
+        for part in self.parts.values():
+            part.eval().requires_grad_(False)
+        self.backbone = self.parts["backbone"].to(memory_format=self.layout)
         self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
         self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
         self.flip_channels = input_format != batch_format
         self.sources = sources
 
     @torch.no_grad()
-    def features(
-        self, batched_inputs: List[dict], padded_size: Tuple[int, int]
-    ) -> Dict[str, Tensor]:
-        """Level → (N, C, H, W) for the student's augmented batch, with the teacher's normalisation.
+    def look(self, batched_inputs: List[dict], padded_size: Tuple[int, int]) -> "TeacherView":
+        """The teacher's maps of the student's augmented batch, with its own normalisation.
 
         Images are padded with zeros after normalising, as Detectron2 does, to the student's
         padded (height, width), so that both pyramids lie on the same grid.
@@ -107,8 +121,15 @@ class FrozenTeacher:
         dtype = self.autocast_dtype
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
             images = images.contiguous(memory_format=self.layout)
-            features = read_levels(self.backbone, images, self.sources)
-        return {name: feature.contiguous() for name, feature in features.items()}
+            maps, outputs = read_levels(self.backbone, images, self.sources)
+        return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
+
+    @torch.no_grad()
+    def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:
+        """What its RoI heads say of boxes in pixels of the batch that ``outputs`` are of."""
+        dtype = self.autocast_dtype
+        with torch.autocast(boxes[0].device.type, dtype=dtype, enabled=dtype is not None):
+            return view_of(self.parts["roi_heads"], outputs, boxes)
 
     def _normalize(self, image: Tensor, padded_size: Tuple[int, int]) -> Tensor:
         image = image.to(self.pixel_mean.device)

@@ -7,7 +7,7 @@ because its layers may wait for each other, and learn the verdict.
 import logging
 import os
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -152,10 +152,10 @@ def _check_model(
 ) -> None:
     """Add what the model itself shows. All processes; ``loaded`` and findings: the main one's."""
     model, frozen = patient.model, getattr(patient.model, "teacher", None)
-    taught = frozen.backbone if frozen else None
+    taught = _gather(frozen.parts) if frozen else None
     method = getattr(model, "distillation", None)
     if loaded is not None and taught is not None:
-        original = loaded.model.backbone
+        original = _gather({name: getattr(loaded.model, name) for name in frozen.parts})
         report.findings.append(wiring.check_frozen(taught, model, patient.wrapped, original))
     report.findings.append(wiring.check_optimizer(model, patient.optimizer, taught, method))
     batches = _draw(patient, form, scored=loaded is not None)
@@ -164,6 +164,13 @@ def _check_model(
     if loaded is not None:
         samples = [sample for batch in batches for sample in batch][: form.images]
         _score(patient, loaded, samples, report)
+
+
+def _gather(parts: Dict[str, nn.Module]) -> nn.Module:
+    """One module of several, whose mode is theirs."""
+    whole = nn.ModuleDict(parts)
+    whole.training = False  # of itself; `eval` would change the parts
+    return whole
 
 
 def _draw(patient: Patient, form: Form, *, scored: bool) -> List[List[dict]]:

@@ -1,7 +1,7 @@
 """What a distillation method is given: levels when it is built, a batch at each step."""
 
 from dataclasses import dataclass, replace
-from typing import Dict, Iterable, List, NamedTuple, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -22,6 +22,44 @@ class Level(NamedTuple):
     stride: int = 0  # of the student's output, in pixels; 0 where it states none
 
 
+class RegionView(NamedTuple):
+    """What one network makes of R regions; None for what its kind of head does not have."""
+
+    features: Optional[Tensor]  # (R, C, S, S) pooled from the level of each region
+    embedding: Optional[Tensor]  # (R, D) of the box head
+    logits: Optional[Tensor]  # (R, K+1), the last one of background
+    deltas: Optional[Tensor]  # (R, 4) or (R, 4K)
+
+
+@dataclass
+class Regions:
+    """The proposals that the student's second stage was trained on, R in all images together.
+
+    Attributes:
+        boxes: of each image, (R_i, 4) XYXY in pixels of the network input, without gradient.
+        labels: (R,) class of each, 0..K-1, or K for background.
+        targets: (R, 4) the object that each matches best; means nothing for background.
+        student: gradients flow into it. teacher: of the same boxes, without gradient; None for a
+            method without a teacher.
+        delta_weights: by which both scale box deltas, of (x, y, width, height).
+        every_level: (L, R, C, S, S) the student's features on each level; None unless asked for.
+    """
+
+    boxes: List[Tensor]
+    labels: Tensor
+    targets: Tensor
+    num_classes: int
+    student: RegionView
+    teacher: Optional[RegionView]
+    delta_weights: Tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
+    every_level: Optional[Tensor] = None
+
+    @property
+    def positive(self) -> Tensor:
+        """(R,) bool: not background, and not a class of -1, which is ignored."""
+        return (self.labels >= 0) & (self.labels < self.num_classes)
+
+
 @dataclass
 class Batch:
     """A training batch of N images as student and teacher see it.
@@ -34,6 +72,7 @@ class Batch:
             pixels of the network input, ``gt_classes`` in 0..K-1; either may have no row.
         image_sizes: of each image before padding. padded_size: of the batch, which maps cover.
         iteration, seed, rank: what random numbers are made from, see `generator`.
+        regions: None unless the method needs them (`fgd.methods.method.NEEDS`).
     """
 
     student: Maps
@@ -44,6 +83,7 @@ class Batch:
     iteration: int = 0
     seed: int = 0
     rank: int = 0
+    regions: Optional[Regions] = None
 
     @property
     def boxes(self) -> List[Tensor]:

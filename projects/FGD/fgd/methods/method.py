@@ -17,12 +17,15 @@ from .batch import Batch, Level
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 
-Table = Dict[str, Dict[str, Tensor]]  # level, or "regions", → term → scalar
+Table = Dict[str, Dict[str, Tensor]]  # level → term → scalar; "regions" is a level too
 
 # What a method can ask for (`Method.needs`), and what that is.
 NEEDS = {
     "teacher": "a teacher, MODEL.DISTILLER.TEACHER",
     "maps": "levels of the backbone, MODEL.DISTILLER.LEVELS",
+    "regions": "RoI features of proposals",
+    "region_levels": "RoI features of proposals, the student's on every level",
+    "region_logits": "RoI logits and box deltas of proposals, of the same classes",
 }
 
 

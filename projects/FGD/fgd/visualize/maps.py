@@ -30,13 +30,13 @@ class PictureRecorder:
         self.boxes = torch.zeros(0, 4)  # (R, 4) XYXY in pixels of the image
 
     def __enter__(self) -> "PictureRecorder":
-        self.distiller.watch = self._take
+        self.distiller.watch = self.take
         return self
 
     def __exit__(self, *exception) -> None:
         self.distiller.watch = None
 
-    def _take(self, batch: Batch) -> None:
+    def take(self, batch: Batch) -> None:
         self.pictures = self.distiller.distillation.pictures(batch, self.image)
         self.padded_size, self.boxes = batch.padded_size, batch.boxes[self.image].cpu()
 
@@ -53,9 +53,8 @@ def record_pictures(distiller: Distiller, inputs: dict) -> PictureRecorder:
     training = distiller.training
     distiller.eval()
     try:
-        with PictureRecorder(distiller) as recorder:
-            features, padded_size = distiller.read_student([inputs])
-            distiller.terms(distiller.batch(features, [inputs], padded_size))
+        recorder = PictureRecorder(distiller)
+        recorder.take(distiller.batch(distiller.read_student([inputs]), [inputs]))
     finally:
         distiller.train(training)
     return recorder

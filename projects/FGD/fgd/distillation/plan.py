@@ -1,0 +1,114 @@
+"""What is distilled from what: the method, its levels, and the teacher as it needs it."""
+
+import logging
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+
+from detectron2.config import CfgNode
+from detectron2.modeling import Backbone
+from torch import nn
+
+from ..errors import UserError
+from ..methods.batch import Level
+from ..methods.method import Method, build_method
+from .config import asked_for
+from .levels import Outputs, level_table, plan_levels
+from .needs import check_needs, wants_regions
+from .schedule import schedule_from_config
+from .taps import Sources, choose_sources, describe_sources
+from .teacher import FrozenTeacher
+
+logger = logging.getLogger(__name__)
+
+
+class Plan(NamedTuple):
+    """What is distilled from what; nothing by default."""
+
+    method: Optional[nn.Module] = None
+    levels: Dict[Type[Method], List[Level]] = {}
+    sources: Optional[Sources] = None
+    teacher_sources: Optional[Sources] = None
+    same_grid: Sequence[str] = ()
+
+
+def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) -> Plan:
+    """The method over pairs of levels, and where their tensors are; logs both.
+
+    Args:
+        student, teacher: whole detectors.
+    Raises:
+        UserError: the method cannot work with this pair.
+    """
+    if not cfg.MODEL.DISTILLER.METHOD:
+        return Plan()
+    check_needs(cfg, student, teacher)
+    student, teacher = student.backbone, teacher and teacher.backbone
+    outputs = Outputs.of(student), teacher and Outputs.of(teacher)
+    levels = plan_levels(cfg, *outputs)
+    method = build_method(cfg, levels)
+    merged = {level.name: level for own in levels.values() for level in own}
+    if not merged:
+        return Plan(method, levels, {}, {})
+    partners = {name: level.teacher_name for name, level in merged.items()}
+    _log_levels(outputs, list(merged.values()))
+    _check_padding(student, teacher)
+    sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
+    for who, side in zip(("student", "teacher"), sources):
+        logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
+    same_grid = [x.name for cls, own in levels.items() if cls.same_grid for x in own]
+    return Plan(method, levels, *sources, same_grid)
+
+
+def _log_levels(outputs: Tuple[Outputs, Outputs], levels: Sequence[Level]) -> None:
+    """Tables of what teaches what: of the pyramids, and of the stages below where they teach."""
+    student, teacher = outputs
+    of_stages = [level for level in levels if level.name in student.stages]
+    of_levels = [level for level in levels if level not in of_stages]
+    table = level_table(student.levels, teacher.levels, of_levels)
+    if of_stages:
+        theirs = teacher.stages or teacher.levels
+        table += f"\n{level_table(student.stages, theirs, of_stages)}"
+    logger.info(f"Levels of student and teacher:\n{table}")
+
+
+def _check_padding(student: Backbone, teacher: Backbone) -> None:
+    # Detectron2 writes "no constraint" as 0.
+    if max(student.size_divisibility, 1) % max(teacher.size_divisibility, 1):
+        raise UserError(
+            f"cannot distil: the student pads its batches to multiples of "
+            f"{student.size_divisibility} pixels, the teacher needs multiples of "
+            f"{teacher.size_divisibility}; use backbones with equal size_divisibility"
+        )
+
+
+def freeze_teacher(
+    cfg: CfgNode, model: Optional[nn.Module], teacher_cfg: Optional[CfgNode], plan: Plan
+) -> Optional[FrozenTeacher]:
+    """The teacher as the methods need it; None if none of them needs one."""
+    if "teacher" not in asked_for(cfg):
+        return None
+    node = cfg.MODEL.DISTILLER.TEACHER
+    formats = teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT
+    keep = ["roi_heads"] if wants_regions(asked_for(cfg)) else []
+    options = node.PRECISION, node.CHANNELS_LAST, plan.teacher_sources, keep
+    return FrozenTeacher(model, *formats, *options)
+
+
+def summarize(cfg: CfgNode, teacher_cfg: Optional[CfgNode], plan: Plan) -> str:
+    node = cfg.MODEL.DISTILLER
+    teacher = "no teacher"
+    if teacher_cfg is not None:
+        teacher = (
+            f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS} in "
+            f"{node.TEACHER.PRECISION}"
+        )
+    if not node.METHOD:
+        return f"Distillation is OFF: student {node.STUDENT} only inherits from {teacher}"
+    parts = []
+    for method, levels in plan.levels.items():
+        where = f" on {', '.join(x.name for x in levels)}" if levels else ""
+        settings = ", ".join(f"{k.lower()} {v}" for k, v in method.node(cfg).items())
+        parts.append(f"{method.__name__}{where} ({settings})")
+    return (
+        f"Distillation is ON: {' and '.join(parts)}; student {node.STUDENT}, {teacher}; "
+        f"{schedule_from_config(cfg).describe()}; inherit {node.INHERIT}"
+    )
