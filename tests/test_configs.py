@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 
 from fgd.config import check_config, load_config, student_config
 from fgd.distillation.levels import Outputs, head_levels, plan_levels
+from fgd.methods import METHOD_REGISTRY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -84,9 +85,32 @@ def test_coco_configs_state_the_authors_settings(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_arms_differ_in_nothing_but_the_distillation(name):
-    student, plain = student_config(read(f"fgd_{name}")), student_config(read(f"baseline_{name}"))
-    student.OUTPUT_DIR = plain.OUTPUT_DIR
-    assert student.dump() == plain.dump()
+    plain = student_config(read(f"baseline_{name}"))
+    for base in (f"fgd_{name}", f"distil_{name}"):
+        student = student_config(read(base))
+        student.OUTPUT_DIR = plain.OUTPUT_DIR
+        assert student.dump() == plain.dump()
+
+
+def test_configs_of_methods_add_a_method_to_a_pair_and_name_the_figures():
+    """A method's config is a few lines over distil_*.yaml; its figures are marked as published."""
+    pairs = {path.stem.removeprefix("distil_") for path in CONFIGS.glob("distil_*.yaml")}
+    assert pairs == set(TABLE)
+    methods = {name.lower() for name, _ in METHOD_REGISTRY}
+    found = set()
+    for path in CONFIGS.glob("*.yaml"):
+        method, _, pair = path.stem.partition("_")
+        if method not in methods:
+            continue
+        found.add(method)
+        text = path.read_text()
+        assert pair.split("_")[0] in {name.split("_")[0] for name in pairs}, path
+        assert re.search(r'_BASE_: "(distil|fgd|mgd)_', text), path
+        node = read(path.stem).MODEL.DISTILLER
+        assert node.METHOD.lower().split("+")[0] == method, path
+        assert "ublished" in text.split("_BASE_")[0], path
+        assert len([x for x in text.splitlines() if x and x[0] != "#"]) <= 18, path
+    assert "fgd" in found
 
 
 def test_what_fcos_alone_has():
