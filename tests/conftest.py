@@ -50,22 +50,23 @@ def tiny_cfg():
     return make_tiny_cfg
 
 
+def make_training_batch(sizes=((64, 96), (80, 64)), seed=0):
+    """A training batch: random images of these sizes, two boxes each."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 30, 40], [20, 20, 60, 60]]))
+        instances.gt_classes = torch.tensor([0, 2])
+        image = torch.randint(0, 256, (3, height, width), generator=generator)
+        batch.append({"image": image.float(), "instances": instances})
+    return batch
+
+
 @pytest.fixture
 def make_batch():
-    """Factory of training batches: ``make_batch([(64, 96), (80, 64)])``, two boxes per image."""
-
-    def make(sizes=((64, 96), (80, 64)), seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        batch = []
-        for height, width in sizes:
-            instances = Instances((height, width))
-            instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 30, 40], [20, 20, 60, 60]]))
-            instances.gt_classes = torch.tensor([0, 2])
-            image = torch.randint(0, 256, (3, height, width), generator=generator)
-            batch.append({"image": image.float(), "instances": instances})
-        return batch
-
-    return make
+    """`make_training_batch`: ``make_batch([(64, 96), (80, 64)])``, two boxes per image."""
+    return make_training_batch
 
 
 @pytest.fixture(autouse=True)
