@@ -118,6 +118,19 @@ def test_grids_of_one_method_may_differ():
         match_levels(["p5"], STUDENT, tokens)
 
 
+def test_levels_paired_by_order_are_paired_whatever_order_they_are_named_in_or_refused():
+    teacher = shapes(b=(256, 8), a=(256, 4))
+    options = {"same_grid": False, "by_index": True}
+    found = match_levels(["p4", "p3"], STUDENT, teacher, **options)
+    assert [(x.name, x.teacher_name) for x in found] == [("p4", "b"), ("p3", "a")]
+    with pytest.raises(UserError, match="has only 2 levels, none for 'p5'"):
+        match_levels(["p3", "p4", "p5"], STUDENT, teacher, **options)
+    found = match_levels(["p3", "p4", "p5"], STUDENT, teacher, ["p5:a"], **options)
+    assert [x.teacher_name for x in found] == ["a", "b", "a"]
+    with pytest.raises(UserError, match="the student has no level 'p9'"):
+        match_levels(["p9"], STUDENT, teacher, **options)
+
+
 def test_stages_of_the_bottom_up_network_meet_stages(tiny_cfg):
     cfg = tiny_cfg()
     cfg.MODEL.DISTILLER.LEVELS = ["res5", "p3", "res4"]

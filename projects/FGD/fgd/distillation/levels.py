@@ -1,7 +1,7 @@
 """Which backbone outputs are distilled, and which of the teacher's teaches which."""
 
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Optional, Sequence, Type
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Type
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
     def finest_first(self) -> List[str]:
         """Names of the stages."""
-        return sorted(self.stages, key=lambda name: self.stages[name].stride or 0)
+        return _finest_first(self.stages, self.stages)
 
 
 def plan_levels(
@@ -156,9 +156,10 @@ def match_levels(
         UserError: a level has no partner or more than one; shows the table of both sides.
     """
     pairs = parse_level_map(level_map)
+    ordered: List[str] = []
     if by_index:
-        outputs = sorted(teacher, key=lambda name: teacher[name].stride or 0)
-        pairs = {**dict(zip(names, outputs)), **pairs}
+        ordered = _finest_first([name for name in names if name in student], student)
+        pairs = {**dict(zip(ordered, _finest_first(teacher, teacher))), **pairs}
     elif not same_grid and len(teacher) == 1:
         pairs = {**dict.fromkeys(names, next(iter(teacher))), **pairs}
     problems, found = [], []
@@ -167,6 +168,9 @@ def match_levels(
     for name in pairs.keys() - set(names):
         problems.append(f"MODEL.DISTILLER.LEVEL_MAP names {name!r}, which is not distilled")
     for name in names:
+        if name in ordered and name not in pairs:
+            problems.append(f"the teacher has only {len(teacher)} levels, none for {name!r}")
+            continue
         try:
             partner = _partner(name, pairs.get(name), student, teacher, same_grid)
         except UserError as error:
@@ -178,6 +182,10 @@ def match_levels(
         table = level_table(student, teacher, found)
         raise UserError(f"cannot distil: {'; '.join(problems)}.{_advice(found)}\n{table}")
     return found
+
+
+def _finest_first(names: Iterable[str], shapes: Shapes) -> List[str]:
+    return sorted(names, key=lambda name: shapes[name].stride or 0)
 
 
 def _partner(
