@@ -77,7 +77,7 @@ def test_add_fgd_config_works_on_a_stock_config():
         ("STUDENT", "Distiller", "not a student"),
         ("STUDENT", "Nonsense", "'Nonsense'"),
         ("METHOD", "", "nothing is distilled"),
-        ("METHOD", "XYZ", "'XYZ' is unknown; there is FGD"),
+        ("METHOD", "XYZ", "'XYZ' is unknown; there is .*FGD"),
         ("LEVEL_MAP", ["p3"], "LEVEL_MAP: 'p3' is not of the form"),
         ("FEATURES", "neck", "FEATURES: 'neck' is not one of"),
         ("FACTOR", -1.0, "FACTOR: -1.0 is not a finite factor"),
