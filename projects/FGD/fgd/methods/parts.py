@@ -1,9 +1,11 @@
 """What several methods use."""
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import UserError
 
 
 def small_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -16,3 +18,35 @@ def align_conv(student_channels: int, teacher_channels: int) -> Optional[nn.Conv
     if student_channels == teacher_channels:
         return None
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def of_level(values: Sequence[int], index: int) -> int:
+    """The value of a level, 0 = the finest; the last one counts for all coarser levels."""
+    return values[min(index, len(values) - 1)]
+
+
+def check_level_values(key: str, values: Sequence[int]) -> None:
+    """Raise UserError unless a config key lists whole numbers >= 1, at least one."""
+    if not values or not all(isinstance(x, int) and x >= 1 for x in values):
+        raise UserError(
+            f"{key}: {list(values)} is not a list of whole numbers of at least 1, one for each "
+            "level, finest first; the last one counts for all coarser levels"
+        )
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of the present batch, also in eval mode.
+
+    Its weight starts at 0, so that the residual branch it ends adds nothing at first. It keeps no
+    running statistics and reads this process' images only. A channel of one value (one image, one
+    cell) gives the bias, where PyTorch's own raises.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(channels, eps, track_running_stats=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        fast = torch.backends.cudnn.enabled
+        options = None, None, True, 0.0, self.eps, fast
+        return torch.batch_norm(features, self.weight, self.bias, *options)

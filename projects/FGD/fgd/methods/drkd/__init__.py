@@ -1,0 +1,5 @@
+"""DRKD: relations between pixels, between instances, and the instances' features."""
+
+from .method import DRKD
+
+__all__ = ["DRKD"]
