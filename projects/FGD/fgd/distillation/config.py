@@ -1,12 +1,13 @@
 """Config keys of distillation, MODEL.DISTILLER, and their checks; methods own theirs."""
 
-from typing import FrozenSet
+from typing import FrozenSet, List
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import META_ARCHITECTURE
 from ..errors import UserError
+from ..methods.batch import Cut
 from ..methods.method import METHOD_REGISTRY, chosen_methods
 from .levels import parse_level_map
 from .schedule import schedule_from_config
@@ -111,6 +112,12 @@ def check_distiller(cfg: CfgNode) -> None:
 def asked_for(cfg: CfgNode) -> FrozenSet[str]:
     """What the chosen methods need, of `fgd.methods.method.NEEDS`."""
     return frozenset().union(*(x.needs_of(x.node(cfg)) for x in chosen_methods(cfg)))
+
+
+def asked_cuts(cfg: CfgNode) -> List[Cut]:
+    """Where the chosen methods take maps out of the towers of dense heads."""
+    cuts = (cut for x in chosen_methods(cfg) for cut in x.cuts_of(x.node(cfg)).values())
+    return list(dict.fromkeys(cuts))
 
 
 def needs_teacher(cfg: CfgNode) -> bool:

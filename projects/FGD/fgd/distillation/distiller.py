@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..config import student_config
 from ..errors import UserError
-from ..methods.batch import Batch, Regions
+from ..methods.batch import Batch, Cut, Heads, Regions
 from ..methods.method import Table, over_levels
-from .config import asked_for, check_distiller
+from .config import asked_cuts, asked_for, check_distiller
+from .heads import HeadTap, RecordedHead, check_grids, heads_of
 from .inherit import inherit, neck_and_head
 from .needs import wants_regions
 from .plan import freeze_teacher, make_plan, summarize
@@ -33,12 +34,13 @@ class Seen(NamedTuple):
 
     Attributes:
         features: its maps of the distilled levels. padded_size: (height, width) of the batch.
-        regions: of a training forward, where a method needs them.
+        regions, head: of a training forward, where a method needs them.
     """
 
     features: Features
     padded_size: Tuple[int, int]
     regions: Optional[Recorded] = None
+    head: Optional[RecordedHead] = None
 
 
 @META_ARCH_REGISTRY.register()
@@ -61,6 +63,7 @@ class Distiller(nn.Module):
         inheritable: the teacher's neck and head, to be copied by `inherit_from_teacher`, or None.
         sources: what is distilled of the student's backbone; None = all its outputs.
         asked_for: what the method needs, of `fgd.methods.method.NEEDS`.
+        cuts: where it takes maps out of the towers of dense heads.
         same_grid: levels whose cells are compared with the teacher's; None = all.
         schedule: the common factor on the method's terms, by iteration.
         summary: one line that says what is distilled from what.
@@ -76,6 +79,7 @@ class Distiller(nn.Module):
         inheritable: Optional[Dict[str, Tensor]] = None,
         sources: Optional[Sources] = None,
         asked_for: Collection[str] = ("teacher", "maps"),
+        cuts: Collection[Cut] = (),
         same_grid: Optional[Sequence[str]] = None,
         schedule: Schedule = ALWAYS,
         summary: str = "",
@@ -90,10 +94,11 @@ class Distiller(nn.Module):
         self.factor, self.seed = 0.0, 0
         self.table: Dict[str, Dict[str, Tensor]] = {}
         self.watch: Optional[Callable[[Batch], None]] = None
-        self.asked_for = frozenset(asked_for)
+        self.asked_for, self._cuts = frozenset(asked_for), cuts
         if distillation is not None:
             self._tap = FeatureTap(student.backbone, sources)
         self._region_tap = RegionTap(student.roi_heads) if wants_regions(self.asked_for) else None
+        self._head_tap = HeadTap(student, cuts) if "heads" in self.asked_for else None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -112,6 +117,7 @@ class Distiller(nn.Module):
             "inheritable": inheritable,
             "sources": plan.sources,
             "asked_for": asked_for(cfg),
+            "cuts": asked_cuts(cfg),
             "same_grid": plan.same_grid,
             "schedule": schedule_from_config(cfg),
             "summary": summarize(cfg, teacher_cfg, plan),
@@ -151,7 +157,8 @@ class Distiller(nn.Module):
         losses = self.student(batched_inputs)
         features, padded_size = self._tap.pop()
         regions = self._region_tap.pop() if self._region_tap else None
-        return losses, Seen(features, padded_size, regions)
+        head = self._head_tap.pop() if self._head_tap else None
+        return losses, Seen(features, padded_size, regions, head)
 
     def batch(self, seen: Seen, batched_inputs: List[dict], iteration: int = 0) -> Batch:
         """What the method is given; runs the teacher.
@@ -161,21 +168,23 @@ class Distiller(nn.Module):
         Raises:
             UserError: the grids of a level differ between student and teacher.
         """
-        features, padded_size, recorded = seen
+        features, padded_size, recorded, head = seen
         taught = TeacherView({}, {})
         if self.teacher is not None:
             taught = self.teacher.look(batched_inputs, padded_size)
         self._check_grids(features, taught.maps, padded_size)
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
         return Batch(
             student=features,
             teacher=taught.maps,
-            instances=[x["instances"].to(self.device) for x in batched_inputs],
+            instances=instances,
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             padded_size=padded_size,
             iteration=iteration,
             seed=self.seed,
             rank=comm.get_rank(),
             regions=None if recorded is None else self._regions(recorded, taught),
+            heads=None if head is None else self._heads(head, taught, instances),
         )
 
     def _regions(self, recorded: Recorded, taught: TeacherView) -> Regions:
@@ -184,6 +193,14 @@ class Distiller(nn.Module):
             view = self.teacher.regions(taught.outputs, recorded.boxes)
         every_level = "region_levels" in self.asked_for
         return regions_of(recorded, self.student.roi_heads, view, every_level)
+
+    def _heads(self, recorded: RecordedHead, taught: TeacherView, instances: list) -> Heads:
+        if self.teacher is None:
+            return heads_of(recorded, self.student, instances)
+        maps = self.teacher.head_maps(taught.outputs)
+        check_grids(recorded, self.student.head_in_features, maps)
+        view = self.teacher.head(maps, self._cuts)
+        return heads_of(recorded, self.student, instances, self.teacher.parts["head"], view)
 
     def terms(self, batch: Batch) -> Table:
         """The method's weighted scalars by level, before the schedule's factor; fills ``table``."""

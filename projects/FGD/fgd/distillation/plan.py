@@ -45,12 +45,13 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
     outputs = Outputs.of(student), teacher and Outputs.of(teacher)
     levels = plan_levels(cfg, *outputs)
     method = build_method(cfg, levels)
+    if "teacher" in asked_for(cfg):
+        _check_padding(student, teacher)
     merged = {level.name: level for own in levels.values() for level in own}
     if not merged:
         return Plan(method, levels, {}, {})
     partners = {name: level.teacher_name for name, level in merged.items()}
     _log_levels(outputs, list(merged.values()))
-    _check_padding(student, teacher)
     sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
     for who, side in zip(("student", "teacher"), sources):
         logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
@@ -89,6 +90,7 @@ def freeze_teacher(
     node = cfg.MODEL.DISTILLER.TEACHER
     formats = teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT
     keep = ["roi_heads"] if wants_regions(asked_for(cfg)) else []
+    keep += ["head"] if "heads" in asked_for(cfg) else []
     options = node.PRECISION, node.CHANNELS_LAST, plan.teacher_sources, keep
     return FrozenTeacher(model, *formats, *options)
 

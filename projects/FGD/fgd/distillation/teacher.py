@@ -1,6 +1,7 @@
 """The teacher: built from its own config and weights, frozen, and never part of the student."""
 
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 
 from ..config import load_config, load_config_text, student_config
 from ..errors import UserError
-from ..methods.batch import RegionView
+from ..methods.batch import Cut, HeadLevel, RegionView
 from ..weights import load_complete, read_weights
 from .config import needs_teacher
 from .regions import view_of
 from .taps import Sources, read_levels
+from .towers import LevelRun, OnDemand
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -78,7 +80,7 @@ class FrozenTeacher:
         precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.
         channels_last: compute in that memory order.
         sources: what `look` takes, by the student's level; None = all outputs.
-        keep: names of further submodules, such as "roi_heads"; all that is kept is in ``parts``.
+        keep: names of further submodules, "roi_heads" or "head"; all that is kept is in ``parts``.
     """
 
     def __init__(
@@ -105,6 +107,14 @@ class FrozenTeacher:
         self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
         self.flip_channels = input_format != batch_format
         self.sources = sources
+        self.head_levels = list(getattr(model, "head_in_features", ()))
+
+    @contextmanager
+    def _computing(self):
+        """No gradient, and its precision, whatever autocast is around."""
+        kind, dtype = self.pixel_mean.device.type, self.autocast_dtype
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            yield
 
     @torch.no_grad()
     def look(self, batched_inputs: List[dict], padded_size: Tuple[int, int]) -> "TeacherView":
@@ -118,18 +128,25 @@ class FrozenTeacher:
         such as the trainer's, has no effect.
         """
         images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
-        dtype = self.autocast_dtype
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        with self._computing():
             images = images.contiguous(memory_format=self.layout)
             maps, outputs = read_levels(self.backbone, images, self.sources)
         return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
 
-    @torch.no_grad()
     def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:
         """What its RoI heads say of boxes in pixels of the batch that ``outputs`` are of."""
-        dtype = self.autocast_dtype
-        with torch.autocast(boxes[0].device.type, dtype=dtype, enabled=dtype is not None):
+        with self._computing():
             return view_of(self.parts["roi_heads"], outputs, boxes)
+
+    def head_maps(self, outputs: Mapping[str, Tensor]) -> List[Tensor]:
+        """What of its backbone's outputs its dense head reads, finest first."""
+        return [outputs[name] for name in self.head_levels]
+
+    def head(self, maps: List[Tensor], cuts: Collection[Cut] = ()) -> Mapping[int, HeadLevel]:
+        """What its dense head makes of maps, by level; computed where and when it is asked for."""
+        head, mode = self.parts["head"], self._computing
+        levels = range(len(maps))
+        return OnDemand(levels, lambda k: LevelRun(head, k, 0, (maps[k],) * 2, mode, cuts))
 
     def _normalize(self, image: Tensor, padded_size: Tuple[int, int]) -> Tensor:
         image = image.to(self.pixel_mean.device)

@@ -1,7 +1,7 @@
 """What a distillation method is given: levels when it is built, a batch at each step."""
 
-from dataclasses import dataclass, replace
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -60,6 +60,76 @@ class Regions:
         return (self.labels >= 0) & (self.labels < self.num_classes)
 
 
+class Cut(NamedTuple):
+    """A place in the two towers of a dense head, whose steps are convolution, norm and ReLU."""
+
+    conv: int  # convolutions before it; 0 is the level itself
+    activated: bool = True  # after the last one's ReLU, or before it; the same at 0
+
+
+@dataclass
+class HeadLevel:
+    """What one network's dense head makes of one level; A anchors per cell, K classes.
+
+    Attributes:
+        logits: (N, A*K, H, W), anchor by anchor, of K independent classes without background.
+        deltas: (N, A*4, H, W), what `Heads.decode` reads.
+        centerness: (N, A, H, W) logits of FCOS; None for RetinaNet.
+        class_maps, box_maps: (N, C, H, W) in the two towers, at the cuts of the chosen methods.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    centerness: Optional[Tensor] = None
+    class_maps: Mapping[Cut, Tensor] = field(default_factory=dict)
+    box_maps: Mapping[Cut, Tensor] = field(default_factory=dict)
+
+
+class HeadTargets(NamedTuple):
+    """What the student's own assignment makes of the ground truth.
+
+    ``average_factor`` is what sums over all anchors of this process are divided by, a scalar > 0:
+    the mean over processes of its images' positive anchors, of each image at least 1. FCOS: of the
+    summed centerness of the ground truth at positive points, at least 1.
+    """
+
+    labels: Dict[str, Tensor]  # (N, H*W*A) by level: 0..K-1, K background, -1 ignored
+    average_factor: Tensor
+
+
+@dataclass
+class Heads:
+    """The dense heads of both networks, RetinaNet's or FCOS', on levels of equal grids.
+
+    Nothing of the teacher and nothing of `targets` is computed before it is asked for, and then
+    once. Rows of anchors are in the order of cells, row by row, then of anchors in a cell.
+
+    Attributes:
+        levels: names of what the student's head reads, finest first; keys of all that follows.
+        family: "RetinaNet" or "FCOS".
+        student: gradients flow into it. teacher: of its own maps, without gradient; None for a
+            method without a teacher.
+        anchors: (H*W*A, 4) XYXY in pixels of the network input; squares around FCOS' points.
+        targets: of the batch. Processes wait for each other there: all have to ask.
+        cross: (level, conv, class map, box map) → what the teacher's head makes of such maps
+            (N, C, H, W) from after its ``conv`` first convolutions, their ReLU included. Gradients
+            flow into the maps, not into its weights, which are frozen. It computes as the student
+            did: in half precision under AMP.
+        decode: (level, deltas (N, H*W*A, 4)) → boxes (N, H*W*A, 4) XYXY in pixels, as the
+            detectors decode; in float32, or float64 if the deltas are.
+    """
+
+    levels: List[str]
+    family: str
+    num_classes: int
+    student: Mapping[str, HeadLevel]
+    teacher: Optional[Mapping[str, HeadLevel]]
+    anchors: Dict[str, Tensor]
+    targets: Callable[[], HeadTargets]
+    cross: Callable[[str, int, Tensor, Tensor], HeadLevel]
+    decode: Callable[[str, Tensor], Tensor]
+
+
 @dataclass
 class Batch:
     """A training batch of N images as student and teacher see it.
@@ -72,7 +142,7 @@ class Batch:
             pixels of the network input, ``gt_classes`` in 0..K-1; either may have no row.
         image_sizes: of each image before padding. padded_size: of the batch, which maps cover.
         iteration, seed, rank: what random numbers are made from, see `generator`.
-        regions: None unless the method needs them (`fgd.methods.method.NEEDS`).
+        regions, heads: None unless a method needs them (`fgd.methods.method.NEEDS`).
     """
 
     student: Maps
@@ -84,6 +154,7 @@ class Batch:
     seed: int = 0
     rank: int = 0
     regions: Optional[Regions] = None
+    heads: Optional[Heads] = None
 
     @property
     def boxes(self) -> List[Tensor]:

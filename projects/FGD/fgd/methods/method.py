@@ -13,7 +13,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .batch import Batch, Level
+from .batch import Batch, Cut, Level
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 
@@ -26,6 +26,7 @@ NEEDS = {
     "regions": "RoI features of proposals",
     "region_levels": "RoI features of proposals, the student's on every level",
     "region_logits": "RoI logits and box deltas of proposals, of the same classes",
+    "heads": "dense heads of one kind, with the same classes and anchors",
 }
 
 
@@ -88,6 +89,14 @@ class Method(nn.Module):
     def needs_of(cls, node: CfgNode) -> FrozenSet[str]:
         """What it asks for under these keys; `needs` unless it depends on them."""
         return cls.needs
+
+    @classmethod
+    def cuts_of(cls, node: CfgNode) -> Dict[str, Cut]:
+        """Where it takes maps out of the towers of dense heads, by the key that says so.
+
+        For a method that needs "heads". There the towers of both sides have to be equally wide.
+        """
+        return {}
 
     @classmethod
     def pairs_by_index(cls, node: CfgNode) -> bool:
