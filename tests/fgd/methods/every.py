@@ -17,7 +17,9 @@ from tests.conftest import make_tiny_cfg
 METHODS = sorted(name for name, method in METHOD_REGISTRY if method.__module__.startswith("fgd."))
 
 # Keys under MODEL that a method needs beside its defaults in so small a world.
-OPTIONS: dict = {}
+OPTIONS: dict = {
+    "CrossKD": ("MODEL.DISTILLER.CROSSKD.REUSED_FROM", 1),
+}
 
 
 def detector_of(name: str) -> str:
