@@ -206,3 +206,15 @@ def test_a_method_that_cannot_work_is_refused_with_those_that_can(regional, tiny
     model = build_model(cfg)
     assert "roi_heads" in model.teacher.parts and "Regional (" in model.describe()
     assert not hasattr(build_model(student_config(cfg)), "distillation")
+
+
+def test_padding_that_the_teacher_cannot_take_is_refused_without_maps_too(
+    regional, tiny_cfg, tmp_path
+):
+    cfg = distilled(tiny_cfg("GeneralizedRCNN"), tmp_path)  # the teacher needs multiples of 32
+    cfg.MODEL.DISTILLER.METHOD = "Regional"
+    cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.TIMM.TOP_BLOCK = ["res2", "res3", "res4"], "none"
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32]]
+    with pytest.raises(UserError, match="multiples of 16 pixels, the teacher needs multiples of 3"):
+        build_model(cfg)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fgd.errors import UserError
-from fgd.study.arms import main_arm, plan, study_config
+from fgd.study.arms import ablations, main_arm, plan, study_config
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
 TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
@@ -78,3 +78,11 @@ def test_a_student_alone_needs_no_teacher():
 def test_the_main_arm_is_the_config_as_it_stands():
     assert main_arm(study_config(CONFIG, {})) == "inherit+distil"
     assert main_arm(study_config(CONFIG, {"MODEL.DISTILLER.INHERIT": "False"})) == "distil"
+
+
+def test_terms_that_are_off_have_no_arms():
+    off = {"MODEL.DISTILLER.FGD.RELATION_WEIGHT": "0.0"}
+    assert list(ablations(study_config(CONFIG, off)))[-1] == "only-attention"
+    others = ("FOREGROUND", "BACKGROUND", "ATTENTION")
+    off |= {f"MODEL.DISTILLER.FGD.{term}_WEIGHT": "0.0" for term in others[1:]}
+    assert ablations(study_config(CONFIG, off)) == {}  # one term is left

@@ -73,17 +73,19 @@ def measure(
     own = node.PRECISION, node.CHANNELS_LAST  # the variant that the distillation step runs
     rows = {
         STUDENT: TrainingStep(cfg, work.student, work.batch),
-        TEACHER: calls[own],
+        **({TEACHER: calls[own]} if calls else {}),
         WHOLE: TrainingStep(cfg, work.distiller, work.batch),
     }
     rows.update({_title(*variant): call for variant, call in calls.items() if variant != own})
     times = alternate(rows, rounds, device)
-    over_parts = ratio(times[WHOLE].wall, times[STUDENT].wall + times[TEACHER].wall)
+    over_parts = ratio(
+        times[WHOLE].wall, sum(times[x].wall for x in (STUDENT, TEACHER) if x in times)
+    )
     of_variants = {v: times[TEACHER if v == own else _title(*v)] for v in calls}
     return {
         "settings": {
             "student": cfg.MODEL.DISTILLER.STUDENT,
-            "teacher": node.CONFIG_FILE or node.WEIGHTS,
+            "teacher": (node.CONFIG_FILE or node.WEIGHTS) if calls else "none",
             "size": size,
             "batch": batch,
             "boxes": boxes,
@@ -102,12 +104,13 @@ def measure(
 
 
 def _parts(rows: Dict[str, Any], times: Dict[str, Times], device) -> List[Dict[str, Any]]:
-    """Figures of the three parts and of what the whole has beyond the other two."""
+    """Figures of the student, the teacher if there is one, the whole, and what it has beyond."""
     whole = times[WHOLE].wall
-    loss = whole - times[STUDENT].wall - times[TEACHER].wall
+    known = {name: times[name] for name in (STUDENT, TEACHER) if name in times}
+    loss = whole - sum(part.wall for part in known.values())
     parts = []
     for name, part in {
-        **{name: times[name] for name in (STUDENT, TEACHER)},
+        **known,
         REST: Times(loss, loss),
         WHOLE: times[WHOLE],
     }.items():
@@ -122,6 +125,8 @@ def _parts(rows: Dict[str, Any], times: Dict[str, Times], device) -> List[Dict[s
 
 
 def _teachers(times: Dict[tuple, Times], changes: Dict[tuple, dict]) -> List[Dict[str, Any]]:
+    if not times:
+        return []
     exact = times["float32", False].wall
     return [
         {
@@ -143,7 +148,7 @@ def term_changes(work: Workload) -> Dict[tuple, Dict[str, Optional[float]]]:
     features hang on rounding as no trained network's do.
     """
     names = [name.removeprefix("loss_") for name in work.distiller.distillation.loss_names]
-    if "teacher" in work.random:
+    if "teacher" in work.random or not work.teachers:
         return {variant: dict.fromkeys(names) for variant in work.teachers}
     with EventStorage():
         _, seen = work.distiller.run_student(work.batch)
@@ -204,10 +209,10 @@ def table(run: Dict[str, Any]) -> str:
         for row in run["teachers"]
     ]
     median = "ms, median (p10-p90)"
-    tables = (
-        (parts, ["part", median, "share of the whole", "peak extra memory, MiB"]),
-        (teachers, ["teacher forward", median, "x float32", *run["teachers"][0]["change"]]),
-    )
+    tables = [(parts, ["part", median, "share of the whole", "peak extra memory, MiB"])]
+    if teachers:
+        changes = run["teachers"][0]["change"]
+        tables.append((teachers, ["teacher forward", median, "x float32", *changes]))
     cells = "\n\n".join(tabulate(r, h, tablefmt="github", disable_numparse=True) for r, h in tables)
     goals = "\n".join(f"goal: {goal['line']}" for goal in run["goals"])
     noisy = "".join(f"\nnoisy: {reason}" for reason in run["noise"])

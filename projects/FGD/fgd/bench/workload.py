@@ -3,7 +3,7 @@
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS, config_value
+from ..distillation.config import needs_teacher
 from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
 from ..engine.trainer import load_student_weights
 from ..errors import UserError
@@ -26,7 +27,7 @@ class Workload(NamedTuple):
     cfg: CfgNode
     distiller: nn.Module
     student: nn.Module  # the same student alone, with weights of its own
-    teachers: Dict[Tuple[str, bool], FrozenTeacher]  # by precision and channels_last
+    teachers: Dict[Tuple[str, bool], FrozenTeacher]  # by precision, channels_last; {} without one
     batch: List[dict]
     random: List[str]  # whose weights are random: "teacher", "student"
 
@@ -58,7 +59,7 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
     """
     cfg = cfg.clone()
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE or not cfg.MODEL.DISTILLER.METHOD:
-        raise UserError("the step benchmark needs a distillation config (a METHOD and a teacher)")
+        raise UserError("the step benchmark needs a distillation config (a METHOD)")
     if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
         raise UserError("the step benchmark draws boxes only: set MODEL.MASK_ON, KEYPOINT_ON False")
     # What is measured is a step that distils.
@@ -86,7 +87,7 @@ def _is_elsewhere(path: str) -> bool:
 def _teacher_file(cfg: CfgNode, inputs: List[dict], random: List[str]):
     """Path of the teacher's weights: the config's, or a temporary file with random ones."""
     node = cfg.MODEL.DISTILLER.TEACHER
-    if not _is_elsewhere(node.WEIGHTS):
+    if not _is_elsewhere(node.WEIGHTS) or not needs_teacher(cfg):
         yield node.WEIGHTS
         return
     if not node.CONFIG_FILE:
@@ -123,8 +124,12 @@ def padded_size(model: nn.Module, inputs: List[dict]) -> Tuple[int, int]:
     return tuple(model.preprocess_image(inputs).tensor.shape[-2:])
 
 
-def _teacher_variants(cfg: CfgNode, own: FrozenTeacher) -> Dict[Tuple[str, bool], FrozenTeacher]:
+def _teacher_variants(
+    cfg: CfgNode, own: Optional[FrozenTeacher]
+) -> Dict[Tuple[str, bool], FrozenTeacher]:
     """The config's teacher in each precision and memory order that the device has."""
+    if own is None:
+        return {}
     keep = [name for name in own.parts if name != "backbone"]
     precisions = ["float32", "bfloat16"]
     if torch.device(cfg.MODEL.DEVICE).type == "cuda":

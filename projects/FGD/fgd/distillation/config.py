@@ -120,6 +120,12 @@ def asked_cuts(cfg: CfgNode) -> List[Cut]:
     return list(dict.fromkeys(cuts))
 
 
+def asked_of_teacher(cfg: CfgNode) -> FrozenSet[str]:
+    """The same of the methods that look at a teacher's side too."""
+    needs = (x.needs_of(x.node(cfg)) for x in chosen_methods(cfg))
+    return frozenset().union(*(x for x in needs if "teacher" in x))
+
+
 def needs_teacher(cfg: CfgNode) -> bool:
     """Whether inheriting or a chosen method needs one."""
     return cfg.MODEL.DISTILLER.INHERIT or "teacher" in asked_for(cfg)

@@ -189,7 +189,7 @@ class Distiller(nn.Module):
 
     def _regions(self, recorded: Recorded, taught: TeacherView) -> Regions:
         view = None
-        if self.teacher is not None:
+        if self.teacher is not None and "roi_heads" in self.teacher.parts:
             view = self.teacher.regions(taught.outputs, recorded.boxes)
         every_level = "region_levels" in self.asked_for
         return regions_of(recorded, self.student.roi_heads, view, every_level)

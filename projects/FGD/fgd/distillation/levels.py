@@ -46,7 +46,7 @@ def plan_levels(
     plan = {method: _method_levels(method, cfg, student, teacher) for method in chosen_methods(cfg)}
     partners: Dict[str, str] = {}
     for method, levels in plan.items():
-        for level in levels:
+        for level in (x for x in levels if x.teacher_name):
             if partners.setdefault(level.name, level.teacher_name) != level.teacher_name:
                 raise UserError(
                     f"MODEL.DISTILLER.METHOD {cfg.MODEL.DISTILLER.METHOD}: {method.__name__} wants "

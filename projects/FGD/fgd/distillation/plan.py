@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UserError
 from ..methods.batch import Level
 from ..methods.method import Method, build_method
-from .config import asked_for
+from .config import asked_of_teacher
 from .levels import Outputs, level_table, plan_levels
 from .needs import check_needs, wants_regions
 from .schedule import schedule_from_config
@@ -42,20 +42,25 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
         return Plan()
     check_needs(cfg, student, teacher)
     student, teacher = student.backbone, teacher and teacher.backbone
+    if asked_of_teacher(cfg):
+        _check_padding(student, teacher)
     outputs = Outputs.of(student), teacher and Outputs.of(teacher)
     levels = plan_levels(cfg, *outputs)
     method = build_method(cfg, levels)
-    if "teacher" in asked_for(cfg):
-        _check_padding(student, teacher)
-    merged = {level.name: level for own in levels.values() for level in own}
+    merged: Dict[str, Level] = {}
+    for level in (level for own in levels.values() for level in own):
+        if level.teacher_name or level.name not in merged:
+            merged[level.name] = level
     if not merged:
         return Plan(method, levels, {}, {})
     partners = {name: level.teacher_name for name, level in merged.items()}
-    _log_levels(outputs, list(merged.values()))
+    if any(partners.values()):
+        _log_levels(outputs, [level for level in merged.values() if level.teacher_name])
     sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
     for who, side in zip(("student", "teacher"), sources):
         logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
-    same_grid = [x.name for cls, own in levels.items() if cls.same_grid for x in own]
+    taught = [(cls, x) for cls, own in levels.items() for x in own if x.teacher_name]
+    same_grid = [x.name for cls, x in taught if cls.same_grid]
     return Plan(method, levels, *sources, same_grid)
 
 
@@ -85,12 +90,13 @@ def freeze_teacher(
     cfg: CfgNode, model: Optional[nn.Module], teacher_cfg: Optional[CfgNode], plan: Plan
 ) -> Optional[FrozenTeacher]:
     """The teacher as the methods need it; None if none of them needs one."""
-    if "teacher" not in asked_for(cfg):
+    asked = asked_of_teacher(cfg)
+    if not asked:
         return None
     node = cfg.MODEL.DISTILLER.TEACHER
     formats = teacher_cfg.INPUT.FORMAT, cfg.INPUT.FORMAT
-    keep = ["roi_heads"] if wants_regions(asked_for(cfg)) else []
-    keep += ["head"] if "heads" in asked_for(cfg) else []
+    keep = ["roi_heads"] if wants_regions(asked) else []
+    keep += ["head"] if "heads" in asked else []
     options = node.PRECISION, node.CHANNELS_LAST, plan.teacher_sources, keep
     return FrozenTeacher(model, *formats, *options)
 

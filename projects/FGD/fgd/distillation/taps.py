@@ -29,7 +29,7 @@ Sources = Mapping[str, Source]  # by the student's name of the level
 
 
 def choose_sources(
-    kind: str, student: nn.Module, teacher: nn.Module, partners: Mapping[str, str]
+    kind: str, student: nn.Module, teacher: Optional[nn.Module], partners: Mapping[str, str]
 ) -> Tuple[Dict[str, Source], Dict[str, Source]]:
     """Sources of student and teacher, by the student's name of each level.
 
@@ -40,13 +40,14 @@ def choose_sources(
     normalisation, else "output".
 
     Args:
-        partners: the student's level → the teacher's.
+        partners: the student's level → the teacher's; "" where no teacher is involved, and then
+            the teacher may be None.
     Raises:
         UserError: not one of `FEATURES`; "pre_norm", but no distilled level ends in a norm.
     """
     check_kind(kind)
     sides = [
-        {level: _source(backbone, name) for level, name in names.items()}
+        {level: _source(backbone, name) for level, name in names.items() if name}
         for backbone, names in ((student, {x: x for x in partners}), (teacher, partners))
     ]
     norms = [

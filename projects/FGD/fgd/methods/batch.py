@@ -39,8 +39,8 @@ class Regions:
         boxes: of each image, (R_i, 4) XYXY in pixels of the network input, without gradient.
         labels: (R,) class of each, 0..K-1, or K for background.
         targets: (R, 4) the object that each matches best; means nothing for background.
-        student: gradients flow into it. teacher: of the same boxes, without gradient; None for a
-            method without a teacher.
+        student: gradients flow into it. teacher: of the same boxes, without gradient; None where no
+            method looks at a teacher's regions.
         delta_weights: by which both scale box deltas, of (x, y, width, height).
         every_level: (L, R, C, S, S) the student's features on each level; None unless asked for.
     """
@@ -136,7 +136,7 @@ class Batch:
 
     Attributes:
         student: maps of the distilled levels; gradients flow into them.
-        teacher: maps under the same names, without gradient; {} without a teacher. With
+        teacher: maps under the same names, without gradient; of no level that none teaches. With
             ``same_grid`` methods both have the same N, H and W.
         instances: ground truth of each image on the device of the maps: ``gt_boxes`` XYXY in
             pixels of the network input, ``gt_classes`` in 0..K-1; either may have no row.

@@ -6,6 +6,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 from detectron2.config import CfgNode
 
 from ..config import load_config
+from ..distillation.config import needs_teacher
 from ..errors import UserError
 from ..methods.method import chosen_methods, weight_key
 
@@ -56,12 +57,14 @@ def main_arm(cfg: CfgNode) -> str:
 def ablations(cfg: CfgNode) -> Dict[str, Dict[str, str]]:
     """Arms that switch off one term of the config's method, no-TERM, or all but one, only-TERM.
 
-    Whether they inherit is left to the config. A method with one term has none.
+    Whether they inherit is left to the config. Terms whose weight is 0 already are none of them,
+    and one term alone has none.
     """
     keys = {
         term: f"MODEL.DISTILLER.{method.__name__.upper()}.{weight_key(term)}"
         for method in chosen_methods(cfg)
         for term in method.terms
+        if method.node(cfg)[weight_key(term)]
     }
     if len(keys) < 2:
         return {}
@@ -105,15 +108,17 @@ def plan(
 
     Args:
         teacher: config of a teacher to train first; "" = MODEL.DISTILLER.TEACHER.WEIGHTS is used,
-            and evaluated to know the gap that a student can close.
+            and evaluated to know the gap that a student can close. Methods without a teacher need
+            neither.
     Raises:
-        UserError: see `check_arms`; or there is no teacher.
+        UserError: see `check_arms`; or there is no teacher, and an arm needs one.
     """
     cfg = study_config(config_file, opts)
     check_arms(arms, cfg)
     weights = str(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
     folder = output / TEACHER
     changes = {**ARMS, **ablations(cfg)}
+    taught = [arm for arm in arms if _is_taught(arm, cfg, changes[arm])]
     runs: List[Run] = []
     if teacher:
         weights = str(folder / "model_final.pth")
@@ -121,20 +126,33 @@ def plan(
     elif weights:
         config = str(folder / "evaluated.yaml")  # written when the run starts
         runs.append(Run(TEACHER, 0, config, folder, {"MODEL.WEIGHTS": weights}, eval_only=True))
-    elif set(arms) - {STUDENT}:
-        raise UserError("no teacher: give --teacher CONFIG, or MODEL.DISTILLER.TEACHER.WEIGHTS")
+    elif taught:
+        raise UserError(
+            f"no teacher for {', '.join(taught)}: give --teacher CONFIG, or "
+            "MODEL.DISTILLER.TEACHER.WEIGHTS"
+        )
     for seed in seeds:
         for arm in arms:
             own, needs = {**opts, **changes[arm]}, ()
             if arm in (STUDENT, LONG):
                 own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
                 needs = (STUDENT, main_arm(cfg)) if arm == LONG else ()
-            else:
+            elif arm in taught:
                 own["MODEL.DISTILLER.TEACHER.WEIGHTS"] = weights
                 needs = (TEACHER,) if teacher else ()
             runs.append(Run(arm, seed, config_file, output / f"{arm}_{seed}", own, needs))
     order = {TEACHER: 0, STUDENT: 1, LONG: 3}
     return sorted(runs, key=lambda run: order.get(run.arm, 2))
+
+
+def _is_taught(arm: str, cfg: CfgNode, changes: Dict[str, str]) -> bool:
+    """Whether an arm needs a teacher."""
+    if arm in (STUDENT, LONG):
+        return False
+    own = cfg.clone()
+    own.defrost()
+    own.merge_from_list([word for pair in changes.items() for word in pair])
+    return needs_teacher(own)
 
 
 def _data_options(opts: Dict[str, str]) -> Dict[str, str]:

@@ -72,7 +72,7 @@ def distilled_maps(run: Run, images: int) -> List[Figure]:
     Raises:
         UserError: checkpoint or teacher are not those of the run, or are gone.
     """
-    teacher = run.opts["MODEL.DISTILLER.TEACHER.WEIGHTS"]
+    teacher = run.opts.get("MODEL.DISTILLER.TEACHER.WEIGHTS", "")
     distiller, cfg = open_run(str(run.folder / "model_final.pth"), teacher)
     options = [word for pair in run.opts.items() for word in pair]  # the data may have moved
     cfg.DATASETS = load_config(run.config_file, options).DATASETS
