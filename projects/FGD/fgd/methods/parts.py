@@ -87,3 +87,11 @@ def held(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         value = function(leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
     return with_gradient(x, value.detach(), gradient)
+
+
+def mean_over(values: Tensor, rows: Tensor) -> Tensor:
+    """Mean of values (R,) over the rows that a bool (R,) chooses.
+
+    Of no row it is 0, and so is its gradient. The host waits for no count.
+    """
+    return (values * rows).sum() / rows.sum().clamp(min=1)
