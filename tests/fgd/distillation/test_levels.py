@@ -138,15 +138,17 @@ def test_stages_of_the_bottom_up_network_meet_stages(tiny_cfg):
     student, teacher = Outputs(STUDENT, stages), Outputs(STUDENT, shapes(c4=(7, 16), c5=(9, 32)))
     (levels,) = plan_levels(cfg, student, teacher).values()
     assert levels == [
-        Level("res5", 32, 9, "c5", 32),
+        Level("res5", 32, 9, "c5", 32, stage=True),
         Level("p3", 64, 64, "p3", 8),
-        Level("res4", 16, 7, "c4", 16),
+        Level("res4", 16, 7, "c4", 16, stage=True),
     ]
     assert student.finest_first() == ["res3", "res4", "res5"]
     cfg.MODEL.DISTILLER.LEVELS, cfg.MODEL.DISTILLER.LEVEL_MAP = ["res3", "p4"], ["res3:x"]
     plain = Outputs(shapes(x=(5, 8), p4=(3, 16)), {})  # a network without a neck
     (levels,) = plan_levels(cfg, student, plain).values()
-    assert levels == [Level("res3", 8, 5, "x", 8), Level("p4", 64, 3, "p4", 16)]
+    assert levels == [Level("res3", 8, 5, "x", 8, stage=True), Level("p4", 64, 3, "p4", 16)]
+    (levels,) = plan_levels(cfg, student, None).values()
+    assert [(level.stage, level.teacher_name) for level in levels] == [(True, ""), (False, "")]
     with pytest.raises(UserError, match="the student has no level 'res9'"):
         cfg.MODEL.DISTILLER.LEVELS, cfg.MODEL.DISTILLER.LEVEL_MAP = ["res9"], []
         plan_levels(cfg, student, teacher)

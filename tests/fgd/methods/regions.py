@@ -2,7 +2,9 @@
 
 import torch
 
-from fgd.methods.batch import Batch, Regions, RegionView
+from fgd.methods.batch import Regions, RegionView
+
+from .batches import make_batch
 
 
 def make_regions(student, teacher=None, labels=(), num_classes=None, deltas=None, **options):
@@ -26,5 +28,5 @@ def make_regions(student, teacher=None, labels=(), num_classes=None, deltas=None
 
 
 def batch_of(regions):
-    """A `Batch` without maps."""
-    return Batch({}, {}, [], [], (32, 32), regions=regions)
+    """A `Batch` of one image without maps."""
+    return make_batch({}, {}, [torch.zeros(0, 4)], (32, 32), regions=regions)

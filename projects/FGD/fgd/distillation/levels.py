@@ -64,7 +64,10 @@ def _method_levels(
     node = method.node(cfg)
     if "teacher" not in method.needs_of(node) or teacher is None:
         shapes = {**student.stages, **student.levels}
-        return [Level(k, shapes[k].channels, 0, stride=shapes[k].stride or 0) for k in names]
+        return [
+            Level(k, shapes[k].channels, 0, "", shapes[k].stride or 0, k in student.stages)
+            for k in names
+        ]
     options = {"same_grid": method.same_grid, "by_index": method.pairs_by_index(node)}
     level_map = cfg.MODEL.DISTILLER.LEVEL_MAP
     stages = [name for name in names if name in student.stages]
@@ -75,7 +78,8 @@ def _method_levels(
     matched = match_levels(levels, student.levels, teacher.levels, of_levels, **options)
     if stages:
         theirs = teacher.stages or teacher.levels
-        matched += match_levels(stages, student.stages, theirs, of_stages, **options)
+        below = match_levels(stages, student.stages, theirs, of_stages, **options)
+        matched += [level._replace(stage=True) for level in below]
     return sorted(matched, key=lambda level: names.index(level.name))
 
 

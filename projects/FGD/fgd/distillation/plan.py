@@ -67,8 +67,8 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
 def _log_levels(outputs: Tuple[Outputs, Outputs], levels: Sequence[Level]) -> None:
     """Tables of what teaches what: of the pyramids, and of the stages below where they teach."""
     student, teacher = outputs
-    of_stages = [level for level in levels if level.name in student.stages]
-    of_levels = [level for level in levels if level not in of_stages]
+    of_stages = [level for level in levels if level.stage]
+    of_levels = [level for level in levels if not level.stage]
     table = level_table(student.levels, teacher.levels, of_levels)
     if of_stages:
         theirs = teacher.stages or teacher.levels

@@ -20,6 +20,7 @@ class Level(NamedTuple):
     teacher_channels: int
     teacher_name: str = ""  # of the teacher's output; "" where no teacher is involved
     stride: int = 0  # of the student's output, in pixels; 0 where it states none
+    stage: bool = False  # an output of the bottom-up network, below the pyramid
 
 
 class RegionView(NamedTuple):

@@ -48,8 +48,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .batch import Batch, Cut, Heads, Level
+from .gradients import held, with_gradient
 from .method import METHOD_REGISTRY, Method, Table
-from .parts import held, small_dtype, with_gradient
+from .parts import small_dtype
 
 EPSILON = 2.0**-23  # beside the average factor
 SMALLEST = 1e-6  # of areas and overlaps that are divided by, or whose logarithm is taken

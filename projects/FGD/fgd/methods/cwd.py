@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .batch import Batch, Level
+from .gradients import with_gradient
 from .method import METHOD_REGISTRY, Method, Table
-from .parts import align_conv, small_dtype, with_gradient
+from .parts import align_conv, small_dtype
 
 ON = ("maps", "logits")
 

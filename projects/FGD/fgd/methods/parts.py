@@ -1,10 +1,9 @@
 """What several methods use."""
 
-from typing import Callable, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
 
@@ -19,6 +18,21 @@ def align_conv(student_channels: int, teacher_channels: int) -> Optional[nn.Conv
     if student_channels == teacher_channels:
         return None
     return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def adapt_conv(student_channels: int, teacher_channels: int) -> nn.Conv2d:
+    """3x3 convolution from the student's channels to the teacher's, nearly 0 at first.
+
+    The weights start at 1e-4 times fmod(N(0, 1), 2), as DeFeat's; the bias at torch's default.
+    """
+    conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=3, padding=1)
+    nn.init.normal_(conv.weight)
+    with torch.no_grad():
+        conv.weight.fmod_(2).mul_(1e-4)
+    return conv
+
+
+# Rows of RoI logits.
 
 
 def of_level(values: Sequence[int], index: int) -> int:
@@ -53,45 +67,22 @@ class BatchNorm(nn.BatchNorm2d):
         return torch.batch_norm(features, self.weight, self.bias, *options)
 
 
-class _Known(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = x.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple:
-        (gradient,) = ctx.saved_tensors
-        return (upstream * gradient).to(ctx.dtype), None, None
-
-
-def with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """``value``, a scalar function of ``x``, whose gradient in x is known with it.
-
-    Until the backward pass nothing is held but ``gradient``, of x's shape. It stays in its own
-    dtype until the upstream gradient has scaled it, for a float16 one would be rounded to 0.
-    """
-    return _Known.apply(x, value, gradient)
-
-
-def held(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, a scalar, whose gradient is computed at once; see `with_gradient`.
-
-    x is given to it in float32, or float64 if it is. For functions of many small steps, each of
-    which autograd would keep.
-    """
-    with torch.enable_grad():
-        leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-        value = function(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf)
-    return with_gradient(x, value.detach(), gradient)
-
-
 def mean_over(values: Tensor, rows: Tensor) -> Tensor:
     """Mean of values (R,) over the rows that a bool (R,) chooses.
 
     Of no row it is 0, and so is its gradient. The host waits for no count.
     """
     return (values * rows).sum() / rows.sum().clamp(min=1)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """(R, K+1) logits → (R,): tau^2 sum_k q_t(k) log(q_t(k) / q_s(k)), q = softmax(logits / tau).
+
+    >= 0; 0 where both say the same. Gradients flow into both.
+    """
+    own, taught = ((x / temperature).log_softmax(1) for x in (student, teacher))
+    return temperature**2 * (taught.exp() * (taught - own)).sum(1)
+
+
+# Cells of ground-truth boxes. Nothing of this carries a gradient, loops over boxes or makes the
+# host wait for a GPU.

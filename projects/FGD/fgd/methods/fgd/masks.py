@@ -7,7 +7,8 @@ from typing import Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+from ..boxes import stack_boxes
 
 Size = Tuple[int, int]  # height, width
 
@@ -41,13 +42,10 @@ def boxes_in_cells(
         (N, R, 4) float64 XYXY, R = max R_i, and (N, R) bool, False where an image has no box.
         float64, because floor and ceil follow: a stride that is a power of two stays exact.
     """
-    rows = pad_sequence([b.reshape(-1, 4).double() for b in boxes], batch_first=True)
+    rows, valid = stack_boxes(boxes)
     height, width = map_size
     scale = torch.tensor([[width / w, height / h] * 2 for h, w in image_sizes], dtype=torch.float64)
-    counts = torch.tensor([len(b) for b in boxes])  # shapes: known on the host
-    valid = torch.arange(rows.shape[1]) < counts[:, None]
-    to_device = {"device": rows.device, "non_blocking": True}
-    return rows * scale.to(**to_device)[:, None], valid.to(**to_device)
+    return rows * scale.to(rows.device, non_blocking=True)[:, None], valid
 
 
 def foreground_mask(boxes: Tensor, valid: Tensor, map_size: Size, dtype=torch.float32) -> Tensor:
