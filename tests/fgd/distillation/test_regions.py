@@ -15,6 +15,7 @@ from fgd.distillation.regions import (
     RegionTap,
     on_every_level,
     view_of,
+    why_no_region_deltas,
     why_no_region_logits,
     why_no_regions,
 )
@@ -174,7 +175,30 @@ def test_pairs_without_regions_are_told_apart(tiny_cfg):
         "regions",
         "region_levels",
         "region_logits",
+        "region_deltas",
     }
+
+
+def rcnn(tiny_cfg, **options):
+    cfg = tiny_cfg("GeneralizedRCNN")
+    for key, value in options.items():
+        cfg.MODEL.ROI_BOX_HEAD[key] = value
+    return cfg
+
+
+def test_deltas_that_cannot_be_compared(tiny_cfg):
+    plain = build_model(rcnn(tiny_cfg))
+    agnostic = build_model(rcnn(tiny_cfg, CLS_AGNOSTIC_BBOX_REG=True))
+    scaled = build_model(rcnn(tiny_cfg, BBOX_REG_WEIGHTS=(20.0, 20.0, 10.0, 10.0)))
+    assert why_no_region_deltas(plain, plain) == why_no_region_deltas(scaled, None) == ""
+    for pair, who in (((plain, agnostic), "teacher"), ((agnostic, plain), "student")):
+        assert why_no_region_deltas(*pair).startswith(f"the {who} has deltas for all classes tog")
+    assert why_no_region_deltas(plain, scaled) == (
+        "the student scales them by BBOX_REG_WEIGHTS (10.0, 10.0, 5.0, 5.0), the teacher "
+        "(20.0, 20.0, 10.0, 10.0)"
+    )
+    dense = build_model(tiny_cfg())
+    assert "no RoI heads" in why_no_region_deltas(plain, dense)
 
 
 @pytest.fixture

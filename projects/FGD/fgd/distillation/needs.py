@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..methods.batch import Cut
 from ..methods.method import METHOD_REGISTRY, NEEDS, Method, chosen_methods
 from .heads import why_no_heads
-from .regions import why_no_region_logits, why_no_regions
+from .regions import why_no_region_deltas, why_no_region_logits, why_no_regions
 
 
 def wants_regions(asked_for: Collection[str]) -> bool:
@@ -35,6 +35,7 @@ def reasons(
         "region_levels": why_no_regions(student, other),
         "region_logits": why_no_region_logits(student, other),
         "heads": why_no_heads(student, other, cuts),
+        "region_deltas": why_no_region_deltas(student, other),
     }
     return {need: reason for need, reason in found.items() if reason}
 

@@ -130,3 +130,21 @@ def why_no_region_logits(student: nn.Module, teacher: Optional[nn.Module]) -> st
     if own != theirs:
         return f"the student distinguishes {own} classes, the teacher {theirs}"
     return ""
+
+
+def why_no_region_deltas(student: nn.Module, teacher: Optional[nn.Module]) -> str:
+    """Why box deltas of regions cannot be compared class by class; "" if they can."""
+    reason = why_no_region_logits(student, teacher)
+    if reason:
+        return reason
+    weights = []
+    for who, model in (("student", student), ("teacher", teacher)):
+        if model is None:
+            continue
+        predictor = first_stage(model.roi_heads.box_predictor)
+        if predictor.bbox_pred.out_features != 4 * model.roi_heads.num_classes:
+            return f"the {who} has deltas for all classes together (CLS_AGNOSTIC_BBOX_REG)"
+        weights.append(tuple(predictor.box2box_transform.weights))
+    if len(set(weights)) > 1:
+        return f"the student scales them by BBOX_REG_WEIGHTS {weights[0]}, the teacher {weights[1]}"
+    return ""

@@ -27,6 +27,7 @@ NEEDS = {
     "region_levels": "RoI features of proposals, the student's on every level",
     "region_logits": "RoI logits and box deltas of proposals, of the same classes",
     "heads": "dense heads of one kind, with the same classes and anchors",
+    "region_deltas": "box deltas of proposals, for each class and on one scale",
 }
 
 
