@@ -58,8 +58,10 @@ def make_training_batch(sizes=((64, 96), (80, 64)), seed=0):
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 30, 40], [20, 20, 60, 60]]))
         instances.gt_classes = torch.tensor([0, 2])
-        image = torch.randint(0, 256, (3, height, width), generator=generator)
-        batch.append({"image": image.float(), "instances": instances})
+        image = torch.randint(0, 256, (3, height, width), generator=generator).float()
+        # For methods that ask for it.
+        second = (image + 8 * torch.randn(image.shape, generator=generator)).clamp(0, 255)
+        batch.append({"image": image, "instances": instances, "second_image": second})
     return batch
 
 

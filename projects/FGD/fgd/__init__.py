@@ -6,7 +6,9 @@ processes, data, detectors, methods, distillation, engine, visualize, doctor, st
 
 from .compat import lend_deform_conv
 from .config import Keys, add_fgd_config, get_fgd_cfg, hand_in, load_config, student_config
+from .data.augmentation import add_augmentation_config, check_augmentation
 from .data.datasets import add_data_config
+from .data.second_images import add_second_images_config
 from .detectors.backbones import add_timm_config
 from .detectors.fcos import add_fcos_config
 from .detectors.reppoints import add_reppoints_config
@@ -24,6 +26,8 @@ hand_in(
     Keys(add_fcos_config),
     Keys(add_reppoints_config),
     Keys(add_data_config),
+    Keys(add_augmentation_config, check_augmentation),
+    Keys(add_second_images_config),
     Keys(add_solver_config, check_solver),
     Keys(add_doctor_config, check_doctor),
     Keys(add_distiller_config, check_distiller),

@@ -9,7 +9,7 @@ augmented from its own seed. The stream is bit-equal for any number of workers.
 import itertools
 import logging
 from collections import deque
-from typing import Callable, Deque, Iterable, Iterator, List, Sequence, Tuple
+from typing import Callable, Deque, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
@@ -22,11 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from ..processes import rng
 from .images import BadImage, ImageMapper
+from .second_images import with_second_images
 from .workers import check_timeout, supervise, supervised_batches
 
 logger = logging.getLogger(__name__)
 
 SampleKey = Tuple[int, int]  # index in the dataset, position in this rank's stream of samples
+Mapper = Callable[[dict], dict]  # a dataset dict to a training sample
 
 
 def plan_batches(
@@ -46,26 +48,34 @@ def plan_batches(
 
 
 class _SeededSamples(Dataset):
-    """Maps a `SampleKey` to a training sample, augmented from (seed, rank, position).
+    """Maps a `SampleKey` and an iteration to a training sample.
+
+    It is augmented from (seed, rank, position), by the mapper that the iteration has.
 
     In the place of a bad image comes the next good one of its group, whichever worker asks and
     whenever: the stream stays a function of the seed. The sample then has "skipped", the reasons.
     """
 
     def __init__(
-        self, dicts: Sequence[dict], mapper: Callable, seed: int, groups: Sequence[int], most: int
+        self,
+        dicts: Sequence[dict],
+        mapper_of: Callable[[int], Mapper],
+        seed: int,
+        groups: Sequence[int],
+        most: int,
     ):
-        self.dicts, self.mapper, self.seed = dicts, mapper, seed
+        self.dicts, self.mapper_of, self.seed = dicts, mapper_of, seed
         self.groups, self.most_bad = groups, most
         self.rank = comm.get_rank()
 
-    def __getitem__(self, key: SampleKey) -> dict:
-        index, position = key
+    def __getitem__(self, key: Tuple[SampleKey, int]) -> dict:
+        (index, position), iteration = key
+        mapper = self.mapper_of(iteration)
         skipped: List[str] = []
         for candidate in self._candidates(index):
             try:
                 with rng.seeded(self.seed, self.rank, position):
-                    sample = self.mapper(self.dicts[candidate])
+                    sample = mapper(self.dicts[candidate])
             except BadImage as error:
                 skipped.append(str(error))
                 if len(skipped) > self.most_bad:
@@ -87,12 +97,14 @@ class TrainStream:
     Set ``start``, the training iteration that gets the first batch, or ``seed`` before a batch is
     drawn. Iterating raises BadImage when more than ``most_bad`` different images are bad, and
     UserError when workers need more than ``timeout`` seconds (0: any time) for a batch.
+
+    ``later``: from this iteration on samples are made by this mapper instead.
     """
 
     def __init__(
         self,
         dicts: list,
-        mapper: Callable,
+        mapper: Mapper,
         make_sampler: Callable[[int], Iterable[int]],
         *,
         batch_size: int,
@@ -101,8 +113,10 @@ class TrainStream:
         num_workers: int = 0,
         most_bad: int = 0,
         timeout: float = 0,
+        later: Optional[Tuple[int, Mapper]] = None,
     ):
         self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
+        self.later = later
         self.batch_size, self.num_workers = batch_size, num_workers
         self.timeout = check_timeout(timeout)
         self.groups = [0] * len(dicts)
@@ -134,14 +148,20 @@ class TrainStream:
             self.last_images = [describe_image(sample) for sample in batch]
             yield batch
 
-    def _planned(self, ahead: Deque[List[SampleKey]]) -> Iterator[List[SampleKey]]:
+    def _planned(self, ahead: Deque[List[SampleKey]]) -> Iterator[List[Tuple[SampleKey, int]]]:
         batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
-        for batch in itertools.islice(batches, self.start, None):
-            ahead.append(batch)
-            yield batch
+        for iteration, batch in enumerate(batches):
+            if iteration >= self.start:
+                ahead.append(batch)
+                yield [(key, iteration) for key in batch]
 
     def _samples(self, dicts: Sequence[dict]) -> _SeededSamples:
-        return _SeededSamples(dicts, self.mapper, self.seed, self.groups, self.most_bad)
+        return _SeededSamples(dicts, self._mapper_of, self.seed, self.groups, self.most_bad)
+
+    def _mapper_of(self, iteration: int) -> Mapper:
+        if self.later is not None and iteration >= self.later[0]:
+            return self.later[1]
+        return self.mapper
 
     def _count(self, reasons: Iterable[str]) -> None:
         for reason in set(reasons).difference(self.bad_images):
@@ -158,7 +178,8 @@ class TrainStream:
         """The batches that iterations 0 to ``count - 1`` get, read here and now without workers."""
         batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
         samples = self._samples(self.dicts)
-        return [[samples[key] for key in batch] for batch in itertools.islice(batches, count)]
+        first = enumerate(itertools.islice(batches, count))
+        return [[samples[key, iteration] for key in batch] for iteration, batch in first]
 
 
 def describe_image(sample: dict) -> str:
@@ -166,14 +187,17 @@ def describe_image(sample: dict) -> str:
     return f"{sample.get('file_name')} (id {sample.get('image_id')})"
 
 
-def build_train_stream(cfg: CfgNode) -> TrainStream:
+def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream:
     """The stream of DATASETS.TRAIN under Detectron2's DATALOADER and INPUT keys.
 
     SEED < 0 gives a random stream, the same in all processes.
 
+    Args:
+        second_images: samples of iterations before INPUT.PLAIN_FROM also have "second_image", of
+            DATASETS.TRAIN_SECOND_IMAGES.
     Raises:
-        UserError: unknown sampler or BAD_IMAGES, TIMEOUT below 0, or IMS_PER_BATCH is not a
-            multiple of the number of processes.
+        UserError: unknown sampler or BAD_IMAGES, TIMEOUT below 0, IMS_PER_BATCH is not a multiple
+            of the number of processes, or second images are missing.
     """
     batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     if rest or batch_size == 0:
@@ -188,9 +212,12 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
         min_keypoints=keypoints,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    if second_images:
+        dicts = with_second_images(dicts, cfg.DATASETS.TRAIN_SECOND_IMAGES, cfg.DATASETS.TRAIN)
+    plain_from = cfg.INPUT.PLAIN_FROM
     return TrainStream(
         dicts,
-        ImageMapper(cfg, True),
+        ImageMapper(cfg, True, plain=False),
         _sampler_maker(cfg, dicts),
         batch_size=batch_size,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
@@ -198,6 +225,7 @@ def build_train_stream(cfg: CfgNode) -> TrainStream:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         most_bad=_most_bad(cfg),
         timeout=cfg.DATALOADER.TIMEOUT,
+        later=(plain_from, ImageMapper(cfg, True)) if plain_from else None,
     )
 
 
