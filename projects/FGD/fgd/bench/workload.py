@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS, config_value
-from ..distillation.config import needs_teacher
+from ..distillation.config import needs_teacher, wants_second_images
 from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
 from ..engine.trainer import load_student_weights
 from ..errors import UserError
@@ -64,8 +64,12 @@ def build_workload(cfg: CfgNode, size: Tuple[int, int], batch: int, boxes: int) 
         raise UserError("the step benchmark draws boxes only: set MODEL.MASK_ON, KEYPOINT_ON False")
     # What is measured is a step that distils.
     cfg.MODEL.DISTILLER.SCHEDULE = get_fgd_cfg().MODEL.DISTILLER.SCHEDULE
+    cfg.INPUT.PLAIN_FROM = 0
     classes = config_value(cfg, NUM_CLASSES_KEYS[cfg.MODEL.DISTILLER.STUDENT])
     inputs = draw_batch(size, batch, boxes, classes)
+    if wants_second_images(cfg):
+        for sample in inputs:
+            sample["second_image"] = sample["image"].flip(-1)
     random = []
     torch.manual_seed(0)
     with _teacher_file(cfg, inputs, random) as path:

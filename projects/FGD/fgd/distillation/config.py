@@ -126,6 +126,12 @@ def asked_of_teacher(cfg: CfgNode) -> FrozenSet[str]:
     return frozenset().union(*(x for x in needs if "teacher" in x))
 
 
+def wants_second_images(cfg: CfgNode) -> bool:
+    """Whether training batches need them: a chosen method of a distillation asks for their maps."""
+    distilled = cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE
+    return distilled and "second_view" in asked_for(cfg)
+
+
 def needs_teacher(cfg: CfgNode) -> bool:
     """Whether inheriting or a chosen method needs one."""
     return cfg.MODEL.DISTILLER.INHERIT or "teacher" in asked_for(cfg)

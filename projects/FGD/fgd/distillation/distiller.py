@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import student_config
 from ..errors import UserError
-from ..methods.batch import Batch, Cut, Heads, Regions
+from ..methods.batch import Batch, Cut, Heads, Regions, SecondView
 from ..methods.method import Table, over_levels
 from .config import asked_cuts, asked_for, check_distiller
 from .heads import HeadTap, RecordedHead, check_grids, heads_of
@@ -21,6 +21,7 @@ from .needs import wants_regions
 from .plan import freeze_teacher, make_plan, summarize
 from .regions import Recorded, RegionTap, regions_of
 from .schedule import ALWAYS, Schedule, schedule_from_config
+from .second_view import check_second_images, has_second_images, look_again
 from .taps import FeatureTap, Source, Sources, read_levels
 from .teacher import FrozenTeacher, TeacherView, build_teacher
 
@@ -55,6 +56,9 @@ class Distiller(nn.Module):
     a method's random numbers are made from. ``watch``, if set, is called with each batch that the
     method is given.
 
+    A method that needs "second_view" makes both backbones run twice (see `second_view`), but not
+    from INPUT.PLAIN_FROM on nor at factor 0.
+
     Args:
         student: a Detectron2 detector with a ``backbone``.
         teacher: None for a method that needs none, and where the student only inherits.
@@ -66,6 +70,7 @@ class Distiller(nn.Module):
         cuts: where it takes maps out of the towers of dense heads.
         same_grid: levels whose cells are compared with the teacher's; None = all.
         schedule: the common factor on the method's terms, by iteration.
+        plain_from: the iteration from which samples have no second images; 0 = never.
         summary: one line that says what is distilled from what.
     """
 
@@ -82,6 +87,7 @@ class Distiller(nn.Module):
         cuts: Collection[Cut] = (),
         same_grid: Optional[Sequence[str]] = None,
         schedule: Schedule = ALWAYS,
+        plain_from: int = 0,
         summary: str = "",
     ):
         super().__init__()
@@ -90,7 +96,7 @@ class Distiller(nn.Module):
         self.summary = summary
         self._inheritable = inheritable
         self.sources, self.schedule = sources, schedule
-        self._same_grid = same_grid
+        self._same_grid, self._plain_from = same_grid, plain_from
         self.factor, self.seed = 0.0, 0
         self.table: Dict[str, Dict[str, Tensor]] = {}
         self.watch: Optional[Callable[[Batch], None]] = None
@@ -120,6 +126,7 @@ class Distiller(nn.Module):
             "cuts": asked_cuts(cfg),
             "same_grid": plan.same_grid,
             "schedule": schedule_from_config(cfg),
+            "plain_from": cfg.INPUT.PLAIN_FROM,
             "summary": summarize(cfg, teacher_cfg, plan),
         }
 
@@ -146,6 +153,8 @@ class Distiller(nn.Module):
             return self.student(batched_inputs)
         losses, seen = self.run_student(batched_inputs)
         iteration = get_event_storage().iter
+        if "second_view" in self.asked_for:
+            check_second_images(batched_inputs, iteration, self._plain_from)
         self.factor, self.table = self.schedule.value(iteration), {}
         if self.factor == 0:
             zero = _zero(*self.distillation.parameters(), *seen.features.values())
@@ -185,7 +194,21 @@ class Distiller(nn.Module):
             rank=comm.get_rank(),
             regions=None if recorded is None else self._regions(recorded, taught),
             heads=None if head is None else self._heads(head, taught, instances),
+            second_view=self._second_view(batched_inputs, padded_size),
         )
+
+    def _second_view(
+        self, batched_inputs: List[dict], padded_size: Tuple[int, int]
+    ) -> Optional[SecondView]:
+        if "second_view" not in self.asked_for or not has_second_images(batched_inputs):
+            return None
+        sides = self.student, self.teacher, self.sources
+        view = look_again(*sides, batched_inputs, padded_size)
+        if self.student.backbone.training:
+            # The tap, which has handed out the first forward, records this one like any, and would
+            # keep its maps alive until the next step.
+            self._tap.pop()
+        return view
 
     def _regions(self, recorded: Recorded, taught: TeacherView) -> Regions:
         view = None

@@ -5,6 +5,7 @@ from typing import Collection, Dict, Mapping, Optional, Type
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..data.second_images import KEY as SECOND_IMAGES
 from ..errors import UserError
 from ..methods.batch import Cut
 from ..methods.method import METHOD_REGISTRY, NEEDS, Method, chosen_methods
@@ -64,6 +65,8 @@ def _missing(
     node = method.node(cfg)
     needs = method.needs_of(node)
     found = reasons(student, teacher, "teacher" in needs, method.cuts_of(node))
+    if not cfg.DATASETS.TRAIN_SECOND_IMAGES:
+        found["second_view"] = f"{SECOND_IMAGES} names no folder"
     return {need: reason for need, reason in found.items() if need in needs}
 
 

@@ -62,7 +62,7 @@ def choose_sources(
             "norm (MODEL.FPN.NORM); use 'output', which is the same here"
         )
     if kind == "output" or kind == "auto" and not any(isinstance(x, nn.GroupNorm) for x in norms):
-        sides = [{k: source._replace(norm="") for k, source in side.items()} for side in sides]
+        sides = [after_norms(side) for side in sides]
     return sides[0], sides[1]
 
 
@@ -76,6 +76,13 @@ def check_kind(kind: str) -> None:
     """Raise UserError unless ``kind`` is one of `FEATURES`."""
     if kind not in FEATURES:
         raise UserError(f"MODEL.DISTILLER.FEATURES: {kind!r} is not one of {', '.join(FEATURES)}")
+
+
+def after_norms(sources: Optional[Sources]) -> Optional[Sources]:
+    """The same levels as heads read them."""
+    if sources is None:
+        return None
+    return {level: source._replace(norm="") for level, source in sources.items()}
 
 
 def find_norm(backbone: nn.Module, level: str) -> str:

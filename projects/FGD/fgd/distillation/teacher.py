@@ -16,7 +16,7 @@ from ..methods.batch import Cut, HeadLevel, RegionView
 from ..weights import load_complete, read_weights
 from .config import needs_teacher
 from .regions import view_of
-from .taps import Sources, read_levels
+from .taps import Sources, after_norms, read_levels
 from .towers import LevelRun, OnDemand
 
 
@@ -117,7 +117,13 @@ class FrozenTeacher:
             yield
 
     @torch.no_grad()
-    def look(self, batched_inputs: List[dict], padded_size: Tuple[int, int]) -> "TeacherView":
+    def look(
+        self,
+        batched_inputs: List[dict],
+        padded_size: Tuple[int, int],
+        *,
+        as_heads_read: bool = False,
+    ) -> "TeacherView":
         """The teacher's maps of the student's augmented batch, with its own normalisation.
 
         Images are padded with zeros after normalising, as Detectron2 does, to the student's
@@ -126,11 +132,15 @@ class FrozenTeacher:
         The maps have the dtype that the precision gives, and are contiguous whatever the layout
         inside: what reads them beside the student's need not know it. An autocast around the call,
         such as the trainer's, has no effect.
+
+        Args:
+            as_heads_read: the maps after the norms of the pyramid, whatever ``sources`` say.
         """
+        sources = after_norms(self.sources) if as_heads_read else self.sources
         images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
         with self._computing():
             images = images.contiguous(memory_format=self.layout)
-            maps, outputs = read_levels(self.backbone, images, self.sources)
+            maps, outputs = read_levels(self.backbone, images, sources)
         return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
 
     def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:

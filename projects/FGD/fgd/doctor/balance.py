@@ -5,8 +5,8 @@ import logging
 from detectron2.config import CfgNode
 
 from ..config import META_ARCHITECTURE, load_config_text
-from ..data.stream import build_train_stream
 from ..engine.run_folder import newest_checkpoint
+from ..engine.trainer import FGDTrainer
 from ..errors import UserError
 from ..processes import rng
 from .losses import measure, suggested_factor
@@ -37,7 +37,7 @@ def balanced_factor(cfg: CfgNode, *, resume: bool) -> float:
         logger.info(f"--balance: the resumed run has MODEL.DISTILLER.FACTOR {factor:g}")
         return factor
     with rng.preserved():
-        stream = build_train_stream(cfg)
+        stream = FGDTrainer.build_train_loader(cfg)
         batches = stream.first_batches(cfg.DOCTOR.BATCHES)
         model = Patient.build(cfg, stream).model
         measured = measure(model, batches, half=cfg.SOLVER.AMP.ENABLED)

@@ -17,10 +17,10 @@ from torch import nn
 
 from ..config import META_ARCHITECTURE, student_config
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
-from ..data.stream import build_train_stream
 from ..distillation.config import needs_teacher
 from ..distillation.levels import Outputs, plan_levels
 from ..engine.checkpoint import student_of
+from ..engine.trainer import FGDTrainer
 from ..errors import UserError
 from ..processes import rng
 from . import dataset, losses, scoring, teacher, wiring
@@ -64,7 +64,7 @@ def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Repo
     report, loaded = Report(), None
     # TorchScript rewrites a function after its first calls, with other rounding: not for us.
     with rng.preserved(), torch.jit.optimized_execution(False):
-        stream = patient.stream if patient else build_train_stream(cfg)
+        stream = patient.stream if patient else FGDTrainer.build_train_loader(cfg)
         if comm.is_main_process():
             student = patient.model if patient else None
             report.findings, loaded = _check_config(cfg, stream.dicts, student)

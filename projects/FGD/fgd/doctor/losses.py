@@ -7,6 +7,7 @@ from typing import Dict, Iterable, List, Sequence
 
 import torch
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ def measure(model: nn.Module, batches: Iterable[List[dict]], *, half: bool = Fal
             for level, values in model.table.items():
                 _add(terms[level], values)
             count += 1
+            get_event_storage().step()  # the batches are those of the first iterations
     measured.detection = {k: v / count for k, v in detection.items()}
     measured.levels = {k: {n: v / count for n, v in x.items()} for k, x in terms.items()}
     return _over_processes(measured)

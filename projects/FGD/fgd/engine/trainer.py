@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import compat
 from ..data.stream import TrainStream, build_train_stream
+from ..distillation.config import wants_second_images
 from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
 from ..processes import rng
@@ -258,7 +259,7 @@ class FGDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainStream:
-        return build_train_stream(cfg)
+        return build_train_stream(cfg, second_images=wants_second_images(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> evaluation.StoppableLoader:

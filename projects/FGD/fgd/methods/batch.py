@@ -132,6 +132,29 @@ class Heads:
 
 
 @dataclass
+class SecondView:
+    """The batch's second images, as student and teacher see them.
+
+    They have the geometry of the first ones: cell by cell the same place.
+
+    Attributes:
+        student: maps of the distilled levels, of a second forward of the student's backbone;
+            gradients flow into them. teacher: under the same names, without gradient. Both as the
+            heads read them, after the norms of the pyramid, whatever MODEL.DISTILLER.FEATURES is.
+    """
+
+    student: Maps
+    teacher: Maps
+
+    def only(self, names: Iterable[str]) -> "SecondView":
+        return SecondView(*(_only(maps, names) for maps in (self.student, self.teacher)))
+
+
+def _only(maps: Maps, names: Iterable[str]) -> Maps:
+    return {name: maps[name] for name in names if name in maps}
+
+
+@dataclass
 class Batch:
     """A training batch of N images as student and teacher see it.
 
@@ -144,6 +167,8 @@ class Batch:
         image_sizes: of each image before padding. padded_size: of the batch, which maps cover.
         iteration, seed, rank: what random numbers are made from, see `generator`.
         regions, heads: None unless a method needs them (`fgd.methods.method.NEEDS`).
+        second_view: None unless a method needs it; None too in iterations without second images,
+            from INPUT.PLAIN_FROM on, where a term about it has no value, and in pictures of a run.
     """
 
     student: Maps
@@ -156,6 +181,7 @@ class Batch:
     rank: int = 0
     regions: Optional[Regions] = None
     heads: Optional[Heads] = None
+    second_view: Optional[SecondView] = None
 
     @property
     def boxes(self) -> List[Tensor]:
@@ -174,5 +200,10 @@ class Batch:
     def only(self, levels: Iterable[str]) -> "Batch":
         """The same batch with the maps of these levels alone."""
         names = list(levels)
-        sides = ({k: maps[k] for k in names if k in maps} for maps in (self.student, self.teacher))
-        return replace(self, **dict(zip(("student", "teacher"), sides)))
+        second = self.second_view
+        return replace(
+            self,
+            student=_only(self.student, names),
+            teacher=_only(self.teacher, names),
+            second_view=None if second is None else second.only(names),
+        )

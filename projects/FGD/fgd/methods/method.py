@@ -28,6 +28,7 @@ NEEDS = {
     "region_logits": "RoI logits and box deltas of proposals, of the same classes",
     "heads": "dense heads of one kind, with the same classes and anchors",
     "region_deltas": "box deltas of proposals, for each class and on one scale",
+    "second_view": "maps of a second image of each training image",
 }
 
 
