@@ -44,6 +44,8 @@ def test_the_whole_schedule_is_stretched_by_the_measured_ratio(study):
         "SOLVER.WARMUP_ITERS": "80",
         "SOLVER.STEPS": "(480, 800)",
     }
+    cfg.INPUT.PLAIN_FROM = 400
+    assert long_schedule(budget, cfg)["INPUT.PLAIN_FROM"] == "640"
 
 
 def test_it_is_measured_once(study):

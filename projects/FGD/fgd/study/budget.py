@@ -71,11 +71,14 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
 
 
 def long_schedule(budget: dict, cfg: CfgNode) -> Dict[str, str]:
-    """Options that stretch the whole schedule: warm-up and steps keep their share of it."""
+    """Options that stretch the whole schedule: warm-up, steps and phases keep their share of it."""
     stretch = budget["iterations"] / budget["scheduled"]
     steps = tuple(round(step * stretch) for step in cfg.SOLVER.STEPS)
-    return {
+    options = {
         "SOLVER.MAX_ITER": str(budget["iterations"]),
         "SOLVER.WARMUP_ITERS": str(round(cfg.SOLVER.WARMUP_ITERS * stretch)),
         "SOLVER.STEPS": str(steps),
     }
+    if cfg.INPUT.PLAIN_FROM:
+        options["INPUT.PLAIN_FROM"] = str(round(cfg.INPUT.PLAIN_FROM * stretch))
+    return options
