@@ -9,6 +9,7 @@ import pytest
 from deploy import benchmark, evaluate, export, matrix, predict, trt_lint, verify
 from deploy.serving import triton_repository
 from fgd import cli
+from fgd.adversarial import __main__ as adversarial
 from fgd.bench import __main__ as bench
 from fgd.study import __main__ as study
 from fgd.visualize import __main__ as visualize
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 PARSERS = {
     "train_net.py": cli.build_parser,
+    "python -m fgd.adversarial": adversarial.build_parser,
     "python -m fgd.study": study.build_parser,
     "python -m fgd.visualize": visualize.build_parser,
     "python -m fgd.bench": bench.build_parser,

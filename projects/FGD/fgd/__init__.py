@@ -1,7 +1,8 @@
 """FGD for Detectron2. Importing it registers methods, the Distiller, backbones and config keys.
 
 Folders from the ground up; each imports only those before it (tests/test_imports.py):
-processes, data, detectors, methods, distillation, engine, visualize, doctor, study, bench.
+processes, data, detectors, methods, distillation, engine, visualize, doctor, adversarial, study,
+bench.
 """
 
 from .compat import lend_deform_conv

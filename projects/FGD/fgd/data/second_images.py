@@ -1,5 +1,6 @@
 """Second images: for each training image another one of the same size, under the same name."""
 
+import json
 import os
 from typing import Dict, Iterable, List, Sequence
 
@@ -9,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from ..errors import UserError
 
 KEY = "DATASETS.TRAIN_SECOND_IMAGES"
+RECORD = "adversarial.json"  # in a folder of images that were made to mislead a teacher: which one
 
 
 def add_second_images_config(cfg: CfgNode) -> None:
@@ -73,6 +75,27 @@ def with_second_images(records: Sequence[dict], folder: str, datasets: Iterable[
             f"images; the first is {missing[0]} (or {png_name(missing[0])})"
         )
     return found
+
+
+def check_teacher_of(folder: str, sha256: str) -> None:
+    """Images that mislead one teacher say nothing of another.
+
+    Args:
+        folder: may have no record of a teacher. sha256: of the present teacher's file.
+    Raises:
+        UserError: it has that of another one.
+    """
+    path = os.path.join(os.path.expanduser(folder), RECORD)
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        made_for = json.load(file)["teacher"]
+    if made_for["sha256"] != sha256:
+        raise UserError(
+            f"{KEY}: {folder} was made for another teacher, {made_for['weights']} (SHA-256 "
+            f"{made_for['sha256'][:8]}..., now {sha256[:8]}...). Make one for this teacher with "
+            f"python -m fgd.adversarial, or delete {RECORD} there to use it all the same"
+        )
 
 
 def _listing(folder: str) -> set:

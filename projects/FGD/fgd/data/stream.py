@@ -187,6 +187,17 @@ def describe_image(sample: dict) -> str:
     return f"{sample.get('file_name')} (id {sample.get('image_id')})"
 
 
+def training_records(cfg: CfgNode) -> List[dict]:
+    """Dataset dicts of DATASETS.TRAIN that are trained on."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+
 def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream:
     """The stream of DATASETS.TRAIN under Detectron2's DATALOADER and INPUT keys.
 
@@ -205,13 +216,7 @@ def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream
             f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH} images cannot be divided among "
             f"{comm.get_world_size()} processes"
         )
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    dicts = training_records(cfg)
     if second_images:
         dicts = with_second_images(dicts, cfg.DATASETS.TRAIN_SECOND_IMAGES, cfg.DATASETS.TRAIN)
     plain_from = cfg.INPUT.PLAIN_FROM

@@ -17,14 +17,15 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from .. import compat
+from ..data.second_images import check_teacher_of
 from ..data.stream import TrainStream, build_train_stream
-from ..distillation.config import wants_second_images
+from ..distillation.config import needs_teacher, wants_second_images
 from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
 from ..processes import rng
 from ..processes.stop import StopBetweenSteps
 from ..processes.together import on_main_process
-from ..weights import load_complete
+from ..weights import load_complete, weights_sha256
 from . import evaluation, run_folder, solver
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
@@ -259,7 +260,11 @@ class FGDTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainStream:
-        return build_train_stream(cfg, second_images=wants_second_images(cfg))
+        wanted = wants_second_images(cfg)
+        if wanted and needs_teacher(cfg):
+            sha256 = weights_sha256(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
+            check_teacher_of(cfg.DATASETS.TRAIN_SECOND_IMAGES, sha256)
+        return build_train_stream(cfg, second_images=wanted)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> evaluation.StoppableLoader:
