@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -71,6 +72,22 @@ def distilled(cfg: CfgNode, folder: Path, teacher_arch: str = "", channels: int 
     cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(folder / "teacher.pth")
     cfg.DOCTOR.MIN_AP50 = 0.0  # random weights on purpose
+    return cfg
+
+
+def taught_by_timm(cfg: CfgNode, folder: Path, name: str = "test_vit") -> CfgNode:
+    """The same under a network of timm with random weights, written to ``folder`` as timm's own.
+
+    FGD compares its tokens with p4, cell by cell.
+    """
+    torch.manual_seed(3)
+    torch.save(timm.create_model(name).state_dict(), folder / "network.pth")
+    cfg = cfg.clone()
+    cfg.MODEL.DISTILLER.STUDENT = cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    cfg.MODEL.DISTILLER.LEVELS = ["p4"]
+    cfg.MODEL.DISTILLER.TEACHER.TIMM = name
+    cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(folder / "network.pth")
     return cfg
 
 

@@ -2,17 +2,19 @@
 
 import collections
 import hashlib
+import os
 import pickle
 import re
 import zipfile
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _filter_reused_missing_keys
+from safetensors.torch import load_file
 from torch import nn
 
 from .errors import UserError
@@ -56,6 +58,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)  # "name (file shape, model shape)"
     unexpected: list[str] = field(default_factory=list)  # names of the file that the model lacks
+    left_out: list[str] = field(default_factory=list)  # the same, where that was to be expected
     nonfinite: list[str] = field(default_factory=list)
     iteration: Optional[int] = None  # of the last training step, where the file says so
     classes: list[str] = field(default_factory=list)  # class names, where the file says so
@@ -68,6 +71,7 @@ class LoadReport:
             ("of another shape", self.mismatched),
             ("with NaN or infinite values", self.nonfinite),
             ("in the file only", self.unexpected),
+            ("of the file left out", self.left_out),
         ):
             if names:
                 more = ", ..." if len(names) > 3 else ""
@@ -80,22 +84,27 @@ def read_weights(path: str) -> dict:
 
     Args:
         path: local path or any address of Detectron2 (``detectron2://``, ``https://``,
-            ``catalog://``). ``.pkl`` is read as the model zoo's pickle of numpy arrays, anything
-            else by ``torch.load(weights_only=True)``. A bare state dict is accepted. As in
-            Detectron2, "matching_heuristics" marks files whose names are shortened.
+            ``catalog://``). ``.pkl`` is read as the model zoo's pickle of numpy arrays,
+            ``.safetensors`` as what it says, anything else by ``torch.load(weights_only=True)``. A
+            bare state dict is accepted. As in Detectron2, "matching_heuristics" marks files whose
+            names are shortened.
     Raises:
         UserError: not there, empty, damaged, not a weight file, or it would execute code.
     """
     address, _, heuristics = path.partition("?matching_heuristics=")
     local = _local_path(address)
     try:
-        data = _read_pickle(local) if local.endswith(".pkl") else _read_torch(local)
-        checkpoint = _as_checkpoint(data, local)
+        checkpoint = _as_checkpoint(_reader(local)(local), local)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if heuristics == "True":
         checkpoint["matching_heuristics"] = True
     return checkpoint
+
+
+def _reader(path: str) -> Callable[[str], dict]:
+    special = {".pkl": _read_pickle, ".safetensors": _read_safetensors}
+    return special.get(os.path.splitext(path)[1], _read_torch)
 
 
 def _local_path(path: str) -> str:
@@ -127,6 +136,23 @@ def weights_sha256(path: str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def state_sha256(module: nn.Module) -> str:
+    """SHA-256 of a module's names and tensors, in hexadecimal, for weights that are no file."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        # numpy has no bfloat16
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: str):
+    try:
+        return load_file(path)
+    except Exception as error:  # its own error is no subclass of anything useful
+        raise UserError(f"damaged or not a safetensors file ({error})") from None
 
 
 def _read_pickle(path: str):
@@ -203,12 +229,15 @@ def load_complete(
     *,
     what: str = "teacher",
     allow_partial: bool = False,
+    left_out: Optional[Sequence[str]] = None,
 ) -> LoadReport:
     """Load a weight file into ``model``, with Detectron2's own matching of names.
 
     Args:
         what: whose weights these are, for messages.
         allow_partial: accept missing and mismatched names, as long as anything was loaded.
+        left_out: the modules of the file that the model is built without; other names that the
+            model lacks are then not accepted either. None = the file may hold more.
     Raises:
         UserError: anything is missing or has another shape (unless allowed), nothing was loaded,
             or a value is NaN or infinite (never allowed). The model is then partly overwritten.
@@ -222,6 +251,11 @@ def load_complete(
     report.iteration = checkpoint.get("iteration")
     report.classes = list(checkpoint.get("classes") or [])
     incomplete = report.missing or report.mismatched
+    if left_out is not None:
+        known = tuple(f"{name}." for name in left_out)
+        report.left_out = [name for name in report.unexpected if name.startswith(known)]
+        report.unexpected = sorted(set(report.unexpected) - set(report.left_out))
+        incomplete = incomplete or report.unexpected
     if report.nonfinite or not report.loaded or (incomplete and not allow_partial):
         raise UserError(
             f"{what} weights {path} do not fit: {report.summary()}. Check that the file belongs to "

@@ -44,7 +44,9 @@ def tiny_pair(name: str, folder: Path):
     node = cfg.MODEL.DISTILLER
     node.STUDENT, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "Distiller"
     node.METHOD, node.TEACHER.WEIGHTS = name, str(path)
-    cfg.DATASETS.TRAIN_SECOND_IMAGES = str(folder)  # the batches have them, where they are asked for
+    cfg.DATASETS.TRAIN_SECOND_IMAGES = str(
+        folder
+    )  # the batches have them, where they are asked for
     return cfg
 
 

@@ -85,7 +85,7 @@ def measure(
     return {
         "settings": {
             "student": cfg.MODEL.DISTILLER.STUDENT,
-            "teacher": (node.CONFIG_FILE or node.WEIGHTS) if calls else "none",
+            "teacher": (node.CONFIG_FILE or node.TIMM or node.WEIGHTS) if calls else "none",
             "size": size,
             "batch": batch,
             "boxes": boxes,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import META_ARCHITECTURE, check_config, get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS, config_value
 from ..distillation.config import needs_teacher, wants_second_images
-from ..distillation.teacher import FrozenTeacher, build_teacher, teacher_config
+from ..distillation.teacher import FrozenTeacher, build_teacher, untrained_teacher, weights_of
 from ..engine.trainer import load_student_weights
 from ..errors import UserError
 from .cases import draw_boxes
@@ -94,20 +94,19 @@ def _teacher_file(cfg: CfgNode, inputs: List[dict], random: List[str]):
     if not _is_elsewhere(node.WEIGHTS) or not needs_teacher(cfg):
         yield node.WEIGHTS
         return
-    if not node.CONFIG_FILE:
+    if not (node.CONFIG_FILE or node.TIMM):
         raise UserError(
             "MODEL.DISTILLER.TEACHER: give WEIGHTS as a local file, or a CONFIG_FILE to build a "
             "teacher with random weights from"
         )
-    config = teacher_config(cfg)
-    model = build_model(config)
+    model, config = untrained_teacher(cfg)
     teacher = FrozenTeacher(model, config.INPUT.FORMAT, cfg.INPUT.FORMAT)
     with norms_from_data(model.backbone):
         teacher.look(inputs, padded_size(model, inputs))
     random.append("teacher")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "random_teacher.pth")
-        torch.save({"model": model.state_dict()}, path)
+        torch.save({"model": weights_of(model).state_dict()}, path)
         yield path
 
 

@@ -21,7 +21,9 @@ __all__ = [
     "add_timm_config",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_fpn_backbone",
+    "check_timm_name",
     "group_norm",
+    "in_one_line",
     "pyramid",
     "pyramid_norm",
     "timm_fpn",
@@ -142,21 +144,27 @@ def _to_group_norms(module: nn.Module) -> None:
 
 def _create(name: str, pretrained: bool, **options) -> nn.Module:
     """timm.create_model, whose failures (no network, no such name) become one-line errors."""
-    if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "none"
-        raise UserError(f"MODEL.TIMM.NAME {name!r} is not a timm model (similar: {similar})")
+    check_timm_name("MODEL.TIMM.NAME", name)
     try:
         return timm.create_model(name, features_only=True, pretrained=pretrained, **options)
     except Exception as error:  # timm and its hub client raise about ten unrelated types here
         if pretrained:
             raise UserError(
-                f"pretrained weights of {name!r} could not be loaded ({_one_line(error)}). Without "
-                "network set MODEL.TIMM.PRETRAINED False, or fill timm's cache (HF_HOME) first"
+                f"pretrained weights of {name!r} could not be loaded ({in_one_line(error)}). "
+                "Without network set MODEL.TIMM.PRETRAINED False, or fill timm's cache (HF_HOME) "
+                "first"
             ) from error
-        raise UserError(f"MODEL.TIMM.NAME {name!r}: {_one_line(error)}") from error
+        raise UserError(f"MODEL.TIMM.NAME {name!r}: {in_one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def check_timm_name(key: str, name: str) -> None:
+    """Raise UserError unless timm has a network of that name, whatever its tag."""
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "none"
+        raise UserError(f"{key} {name!r} is not a timm model (similar: {similar})")
+
+
+def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

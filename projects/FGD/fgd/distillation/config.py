@@ -12,6 +12,7 @@ from ..methods.method import METHOD_REGISTRY, chosen_methods
 from .levels import parse_level_map
 from .schedule import schedule_from_config
 from .taps import check_kind
+from .timm_teacher import check_timm_teacher
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # of the teacher's forward
 
@@ -66,7 +67,17 @@ def _add_teacher(distiller: CfgNode) -> None:
     # Any Detectron2 yaml: a path, or one of the model zoo's ("COCO-Detection/….yaml").
     # "" = the config stored in the checkpoint of a teacher that this project trained.
     node.CONFIG_FILE = ""
-    # Path, URL or detectron2:// address, as MODEL.WEIGHTS takes them. Must load completely.
+    # Instead of a detector any network of timm whose features are a map at any size, such as
+    # "vit_base_patch16_dinov3.lvd1689m"; the tag decides the normalisation too. It has one level,
+    # "tokens", and neither heads nor classes.
+    node.TIMM = ""
+    # Pixels of the student's images that one of its cells stands for; 0 = a patch. Images are
+    # resized to that: 32 shows a network of patches of 16 the images at half their size, for about
+    # a quarter of the time.
+    node.TIMM_STRIDE = 0
+    # Path, URL or detectron2:// address, as MODEL.WEIGHTS takes them. Must load completely. With
+    # TIMM that is a file of the network's own names, with or without its classifier, and "" =
+    # timm's own pretrained weights, which it downloads.
     node.WEIGHTS = ""
     # Go on although teacher weights are missing or do not fit. A teacher with random parts
     # teaches noise, so this is for deliberate experiments only.
@@ -90,11 +101,7 @@ def check_distiller(cfg: CfgNode) -> None:
     if not node.METHOD and not node.INHERIT:
         raise UserError('MODEL.DISTILLER: with METHOD "" and INHERIT False nothing is distilled')
     methods = chosen_methods(cfg)
-    if needs_teacher(cfg) and not node.TEACHER.WEIGHTS:
-        raise UserError(
-            "MODEL.DISTILLER.TEACHER.WEIGHTS is empty: an untrained teacher teaches noise; name "
-            "the teacher's checkpoint"
-        )
+    _check_teacher(cfg)
     _check_precision(node.TEACHER.PRECISION, cfg.MODEL.DEVICE)
     parse_level_map(node.LEVEL_MAP)
     check_kind(node.FEATURES)
@@ -135,6 +142,28 @@ def wants_second_images(cfg: CfgNode) -> bool:
 def needs_teacher(cfg: CfgNode) -> bool:
     """Whether inheriting or a chosen method needs one."""
     return cfg.MODEL.DISTILLER.INHERIT or "teacher" in asked_for(cfg)
+
+
+def teacher_name(cfg: CfgNode) -> str:
+    """The teacher's weights for people: the file, or "timm:" and a name; "" if none is named."""
+    node = cfg.MODEL.DISTILLER.TEACHER
+    return node.WEIGHTS or (node.TIMM and f"timm:{node.TIMM}")
+
+
+def _check_teacher(cfg: CfgNode) -> None:
+    node = cfg.MODEL.DISTILLER.TEACHER
+    if node.TIMM:
+        check_timm_teacher(cfg.MODEL.DISTILLER)
+    elif node.TIMM_STRIDE:
+        raise UserError(
+            f"MODEL.DISTILLER.TEACHER.TIMM_STRIDE: {node.TIMM_STRIDE} is of a network of timm, but "
+            "TEACHER.TIMM is empty"
+        )
+    if needs_teacher(cfg) and not teacher_name(cfg):
+        raise UserError(
+            "MODEL.DISTILLER.TEACHER.WEIGHTS is empty: an untrained teacher teaches noise; name "
+            "the teacher's checkpoint"
+        )
 
 
 def _check_weights(method: type, cfg: CfgNode) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UserError
 from ..methods.batch import Level
 from ..methods.method import Method, build_method
-from .config import asked_of_teacher
+from .config import asked_of_teacher, teacher_name
 from .levels import Outputs, level_table, plan_levels
 from .needs import check_needs, wants_regions
 from .schedule import schedule_from_config
@@ -34,7 +34,7 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
     """The method over pairs of levels, and where their tensors are; logs both.
 
     Args:
-        student, teacher: whole detectors.
+        student: a whole detector. teacher: whole too.
     Raises:
         UserError: the method cannot work with this pair.
     """
@@ -106,7 +106,7 @@ def summarize(cfg: CfgNode, teacher_cfg: Optional[CfgNode], plan: Plan) -> str:
     teacher = "no teacher"
     if teacher_cfg is not None:
         teacher = (
-            f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {node.TEACHER.WEIGHTS} in "
+            f"teacher {teacher_cfg.MODEL.META_ARCHITECTURE} from {teacher_name(cfg)} in "
             f"{node.TEACHER.PRECISION}"
         )
     if not node.METHOD:

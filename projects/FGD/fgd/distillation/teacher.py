@@ -1,6 +1,7 @@
 """The teacher: built from its own config and weights, frozen, and never part of the student."""
 
 from contextlib import contextmanager
+from functools import partial
 from typing import Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,15 +14,71 @@ from torch.nn import functional as F
 from ..config import load_config, load_config_text, student_config
 from ..errors import UserError
 from ..methods.batch import Cut, HeadLevel, RegionView
-from ..weights import load_complete, read_weights
-from .config import needs_teacher
+from ..weights import LoadReport, load_complete, read_weights, state_sha256, weights_sha256
+from .config import needs_teacher, teacher_name
 from .regions import view_of
 from .taps import Sources, after_norms, read_levels
+from .timm_teacher import TimmNetwork, build_timm_teacher
 from .towers import LevelRun, OnDemand
 
 
+class LoadedTeacher(NamedTuple):
+    """The whole teacher, whether a detector or not; a `FrozenTeacher` keeps what is needed."""
+
+    model: nn.Module
+    cfg: CfgNode
+    report: LoadReport
+
+    @property
+    def is_detector(self) -> bool:
+        return not isinstance(self.model, TimmNetwork)
+
+
+def untrained_teacher(cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
+    """The whole teacher with random weights, and its config; UserError as `teacher_config`."""
+    if cfg.MODEL.DISTILLER.TEACHER.TIMM:
+        return build_timm_teacher(cfg)
+    config = teacher_config(cfg)
+    return build_model(config), config
+
+
+def weights_of(model: nn.Module) -> nn.Module:
+    """The module of a teacher whose state dict its weight file is."""
+    return model.network if isinstance(model, TimmNetwork) else model
+
+
+def load_teacher(cfg: CfgNode) -> LoadedTeacher:
+    """The whole teacher with its weights.
+
+    Raises:
+        UserError: weights are missing, do not fit or are not finite, unless
+            MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise.
+    """
+    node = cfg.MODEL.DISTILLER.TEACHER
+    model, config = untrained_teacher(cfg)
+    load = model.load_weights if isinstance(model, TimmNetwork) else partial(load_complete, model)
+    report = load(node.WEIGHTS, allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
+    return LoadedTeacher(model, config, report)
+
+
+def describe_teacher(cfg: CfgNode) -> Dict[str, str]:
+    """Which weights teach: {"weights": file or name, "sha256": of the file, or of the tensors}.
+
+    Without a file they are timm's, which are read once more for it.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    node = cfg.MODEL.DISTILLER.TEACHER
+    if node.WEIGHTS or not node.TIMM:
+        return {"weights": node.WEIGHTS, "sha256": weights_sha256(node.WEIGHTS)}
+    with torch.random.fork_rng():
+        digest = state_sha256(weights_of(load_teacher(cfg).model))
+    return {"weights": teacher_name(cfg), "sha256": digest}
+
+
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's own config, on the student's device.
+    """A detector's own config, on the student's device.
 
     From MODEL.DISTILLER.TEACHER.CONFIG_FILE or, when that is empty, from the teacher's checkpoint.
 
@@ -44,19 +101,12 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def build_teacher(cfg: CfgNode) -> Tuple[Optional[nn.Module], Optional[CfgNode]]:
-    """The teacher's whole detector with its weights, and its config; (None, None) without one.
+    """The whole teacher with its weights, and its config; (None, None) without one.
 
     Raises:
-        UserError: weights are missing, do not fit or are not finite, unless
-            MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise.
+        UserError: as `load_teacher`.
     """
-    if not needs_teacher(cfg):
-        return None, None
-    node = cfg.MODEL.DISTILLER.TEACHER
-    config = teacher_config(cfg)
-    model = build_model(config)
-    load_complete(model, node.WEIGHTS, what="teacher", allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
-    return model, config
+    return load_teacher(cfg)[:2] if needs_teacher(cfg) else (None, None)
 
 
 class TeacherView(NamedTuple):
@@ -67,14 +117,14 @@ class TeacherView(NamedTuple):
 
 
 class FrozenTeacher:
-    """A detector's backbone and neck in eval mode, without gradients; heads if they are needed.
+    """A backbone and neck in eval mode, without gradients; heads if they are needed.
 
     Deliberately not an nn.Module: as a plain attribute of the distiller it is in no state_dict,
     optimizer, DDP bucket or checkpoint, and ``.train()`` does not reach it.
 
     Args:
-        model: the teacher's detector; only ``backbone``, ``pixel_mean`` and ``pixel_std`` are kept,
-            and what ``keep`` names.
+        model: the whole teacher, a detector or a `TimmNetwork`; only ``backbone``, ``pixel_mean``
+            and ``pixel_std`` are kept, and what ``keep`` names.
         input_format: channel order that it expects, "BGR" or "RGB".
         batch_format: channel order of the images that it will be given, the student's.
         precision: "float32", or "bfloat16" or "float16" for autocast. Normalising stays float32.

@@ -112,7 +112,8 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
         if cfg.MODEL.DISTILLER.METHOD:
             student = build_model(node) if student is None else student_of(student)
             findings.append(_levels(cfg, student, loaded.model))
-        findings.append(_teacher_classes(names, loaded))
+        if loaded.is_detector:
+            findings.append(_teacher_classes(names, loaded))
     return findings, loaded
 
 
@@ -158,12 +159,17 @@ def _check_model(
         original = _gather({name: getattr(loaded.model, name) for name in frozen.parts})
         report.findings.append(wiring.check_frozen(taught, model, patient.wrapped, original))
     report.findings.append(wiring.check_optimizer(model, patient.optimizer, taught, method))
-    batches = _draw(patient, form, scored=loaded is not None)
+    scored = loaded is not None and loaded.is_detector
+    batches = _draw(patient, form, scored=scored)
     if method is not None:
         _check_losses(patient, batches[: form.batches], report)
-    if loaded is not None:
+    if scored:
         samples = [sample for batch in batches for sample in batch][: form.images]
         _score(patient, loaded, samples, report)
+    elif loaded is not None:
+        name = loaded.cfg.MODEL.META_ARCHITECTURE
+        found = f"{name} is no detector: it has no classes, and finds no objects to be scored by"
+        report.findings.append(Finding("quality", OK, found))
 
 
 def _gather(parts: Dict[str, nn.Module]) -> nn.Module:

@@ -1,15 +1,12 @@
 """Checks of the teacher: its weights, its quality on labelled images, what it expects to see."""
 
 import statistics
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from torch import nn
 
-from ..distillation.teacher import teacher_config
+from ..distillation.teacher import LoadedTeacher, describe_teacher, load_teacher
 from ..errors import UserError
-from ..weights import LoadReport, load_complete, weights_sha256
 from .findings import FAULT, OK, WARNING, Finding
 
 # Swapped channels must do so much better: mean confidence in an object, and that in standard errors
@@ -19,33 +16,16 @@ SWAP_GAIN, SWAP_ERRORS = 0.03, 3.0
 _FEW = 4  # images: fewer say nothing about the order of channels
 
 
-class LoadedTeacher(NamedTuple):
-    """The teacher's whole detector in eval mode; the trained model keeps its backbone only."""
-
-    model: nn.Module
-    cfg: CfgNode
-    report: LoadReport
-
-
-def load_teacher(cfg: CfgNode) -> LoadedTeacher:
-    """Build the teacher of the config once more, as a whole; UserError as `build_teacher`."""
-    node = cfg.MODEL.DISTILLER.TEACHER
-    config = teacher_config(cfg)
-    model = build_model(config).eval().requires_grad_(False)
-    report = load_complete(model, node.WEIGHTS, allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
-    return LoadedTeacher(model, config, report)
-
-
 def check_weights(cfg: CfgNode) -> Tuple[Finding, Optional[LoadedTeacher]]:
     """Whether the teacher's weights load completely; the teacher if they do."""
-    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
     try:
         teacher = load_teacher(cfg)
-        digest = weights_sha256(path)
+        known = describe_teacher(cfg)
     except UserError as error:
         advice = "an untrained teacher teaches noise: name the weights that belong to its config"
         return Finding("weights", FAULT, str(error), advice), None
-    found = f"{path}: {teacher.report.summary()}; SHA-256 {digest}"
+    teacher.model.eval().requires_grad_(False)
+    found = f"{known['weights']}: {teacher.report.summary()}; SHA-256 {known['sha256']}"
     if teacher.report.missing or teacher.report.mismatched:
         advice = "allowed by MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS; those parts are random"
         return Finding("weights", WARNING, found, advice), teacher

@@ -5,7 +5,8 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
     distiller     state dict of the trained distillation modules; {} without distillation
     config        yaml that builds the student;   full_config: yaml of the training run
     classes       class names
-    teacher       {"weights": as the config names the file, "sha256"}; None without a teacher
+    teacher       {"weights": as the config names the file, "sha256": of the file}, of weights that
+                  timm has fetched "timm:NAME" and the hash of the tensors; None without a teacher
     iteration     index of the last finished iteration
     trainer       optimizer, schedule, AMP scaler, data seed, the last values of what is logged, and
                   "loss_normalizers" of each rank
@@ -29,11 +30,12 @@ from torch import nn
 from .. import compat
 from ..config import META_ARCHITECTURE, student_config
 from ..distillation.config import needs_teacher
+from ..distillation.teacher import describe_teacher
 from ..errors import UserError
 from ..files import atomic_write, save_sealed
 from ..processes import rng
 from ..processes.together import on_main_process
-from ..weights import read_weights, weights_sha256
+from ..weights import read_weights
 from . import run_folder
 from .config_change import check_changes
 from .run_folder import FORMAT
@@ -63,11 +65,10 @@ def describe_run(cfg: CfgNode) -> dict:
 
 
 def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
-    """Which file taught, so that a deployed student can be traced back to it; None: no teacher."""
+    """What taught, so that a deployed student can be traced back to it; None: no teacher."""
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE or not needs_teacher(cfg):
         return None
-    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
-    return {"weights": path, "sha256": weights_sha256(path)}
+    return describe_teacher(cfg)
 
 
 class TrainingCheckpointer(DetectionCheckpointer):

@@ -27,6 +27,7 @@ import torch
 from detectron2 import __version__ as detectron2_version
 from detectron2.config import CfgNode
 
+from ..distillation.config import teacher_name
 from ..errors import UserError
 from . import budget
 from .arms import ARMS, LONG, Run, main_arm, plan, study_config
@@ -141,7 +142,7 @@ def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]
 
 
 def _facts(args, cfg: CfgNode, measured: Optional[dict]) -> List[str]:
-    teacher = args.teacher or cfg.MODEL.DISTILLER.TEACHER.WEIGHTS or "none"
+    teacher = args.teacher or teacher_name(cfg) or "none"
     lines = [
         f"{args.config_file}; teacher {teacher}; seeds {args.seeds}"
         + (f"; {' '.join(args.opts)}" if args.opts else "")

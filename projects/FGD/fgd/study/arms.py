@@ -108,13 +108,17 @@ def plan(
 
     Args:
         teacher: config of a teacher to train first; "" = MODEL.DISTILLER.TEACHER.WEIGHTS is used,
-            and evaluated to know the gap that a student can close. Methods without a teacher need
-            neither.
+            and evaluated to know the gap that a student can close. A network of timm detects
+            nothing: it is not evaluated, and no gap is known. Methods without a teacher need none.
     Raises:
-        UserError: see `check_arms`; or there is no teacher, and an arm needs one.
+        UserError: see `check_arms`; or there is no teacher, and an arm needs one; or one of timm
+            cannot be it.
     """
     cfg = study_config(config_file, opts)
     check_arms(arms, cfg)
+    timm = cfg.MODEL.DISTILLER.TEACHER.TIMM
+    if timm:
+        _check_timm_teacher(timm, teacher, arms)
     weights = str(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
     folder = output / TEACHER
     changes = {**ARMS, **ablations(cfg)}
@@ -123,10 +127,10 @@ def plan(
     if teacher:
         weights = str(folder / "model_final.pth")
         runs.append(Run(TEACHER, 0, teacher, folder, _data_options(opts)))
-    elif weights:
+    elif weights and not timm:
         config = str(folder / "evaluated.yaml")  # written when the run starts
         runs.append(Run(TEACHER, 0, config, folder, {"MODEL.WEIGHTS": weights}, eval_only=True))
-    elif taught:
+    elif taught and not timm:
         raise UserError(
             f"no teacher for {', '.join(taught)}: give --teacher CONFIG, or "
             "MODEL.DISTILLER.TEACHER.WEIGHTS"
@@ -153,6 +157,18 @@ def _is_taught(arm: str, cfg: CfgNode, changes: Dict[str, str]) -> bool:
     own.defrost()
     own.merge_from_list([word for pair in changes.items() for word in pair])
     return needs_teacher(own)
+
+
+def _check_timm_teacher(timm: str, teacher: str, arms: Sequence[str]) -> None:
+    key = f"MODEL.DISTILLER.TEACHER.TIMM {timm}"
+    if teacher:
+        raise UserError(f"--teacher {teacher} and {key} are two teachers; leave one out")
+    inheriting = [arm for arm in arms if arm.startswith("inherit")]
+    if inheriting:
+        raise UserError(
+            f"--arms: {', '.join(inheriting)}: {key} has no neck and no head to inherit; take "
+            "student,distil"
+        )
 
 
 def _data_options(opts: Dict[str, str]) -> Dict[str, str]:

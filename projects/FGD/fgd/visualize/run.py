@@ -11,10 +11,11 @@ from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..data.images import ImageMapper
 from ..distillation.config import needs_teacher
 from ..distillation.distiller import Distiller
+from ..distillation.teacher import describe_teacher
 from ..engine.checkpoint import FORMAT
 from ..errors import UserError
 from ..methods.method import chosen_methods
-from ..weights import load_complete, read_weights, weights_sha256
+from ..weights import load_complete, read_weights
 
 
 def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Distiller, CfgNode]:
@@ -35,7 +36,7 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
     node.WEIGHTS = teacher or node.WEIGHTS
     node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
     if needs_teacher(cfg):
-        _check_teacher(node, data.get("teacher") or {})
+        _check_teacher(cfg, data.get("teacher") or {})
     if cfg.MODEL.TIMM.NORM != "FrozenBN":  # which asks for pretrained weights
         cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
     _without_gpu(cfg)
@@ -59,20 +60,21 @@ def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
     return mapper(record or {"file_name": path})
 
 
-def _check_teacher(node: CfgNode, recorded: Mapping[str, str]) -> None:
+def _check_teacher(cfg: CfgNode, recorded: Mapping[str, str]) -> None:
     """``recorded``: the checkpoint's "teacher"; {} in those from before it was recorded."""
+    node = cfg.MODEL.DISTILLER.TEACHER
     if node.CONFIG_FILE:
         try:
             find_config_file(node.CONFIG_FILE)
         except UserError as error:
             raise UserError(f"teacher's {error}; say where it is with --teacher-config") from None
-    if "://" not in node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
+    if node.WEIGHTS and "://" not in node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
         raise UserError(f"teacher {node.WEIGHTS} is not there; say where it is with --teacher")
-    found = weights_sha256(node.WEIGHTS)
-    taught = recorded.get("sha256", found)
-    if found != taught:
+    found = describe_teacher(cfg)
+    digest, taught = found["sha256"], recorded.get("sha256", found["sha256"])
+    if digest != taught:
         raise UserError(
-            f"teacher {node.WEIGHTS} (SHA-256 {found[:12]}…) is not the one that taught this "
+            f"teacher {found['weights']} (SHA-256 {digest[:12]}…) is not the one that taught this "
             f"student ({taught[:12]}…)"
         )
 
