@@ -16,6 +16,7 @@ from .detectors.reppoints import add_reppoints_config
 from .distillation.config import add_distiller_config, check_distiller
 from .distillation.distiller import Distiller
 from .doctor.settings import add_doctor_config, check_doctor
+from .engine.adaptive import add_adaptive_config, check_adaptive
 from .engine.solver import add_solver_config, check_solver
 from .errors import DivergedError, UserError
 from .methods import METHOD_REGISTRY
@@ -32,6 +33,7 @@ hand_in(
     Keys(add_solver_config, check_solver),
     Keys(add_doctor_config, check_doctor),
     Keys(add_distiller_config, check_distiller),
+    Keys(add_adaptive_config, check_adaptive),  # within the Distiller's
 )
 lend_deform_conv()
 

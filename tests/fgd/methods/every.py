@@ -46,7 +46,7 @@ def tiny_pair(name: str, folder: Path):
     node.METHOD, node.TEACHER.WEIGHTS = name, str(path)
     cfg.DATASETS.TRAIN_SECOND_IMAGES = str(
         folder
-    )  # the batches have them, where they are asked for
+    )  # batches have them
     return cfg
 
 

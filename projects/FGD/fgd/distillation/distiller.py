@@ -51,10 +51,11 @@ class Distiller(nn.Module):
     ``student`` and ``distillation`` are trained; the teacher is not a submodule (see
     `FrozenTeacher`). Checkpoints are written from ``student`` (see `fgd.engine.checkpoint`).
 
-    ``factor`` is what the terms of the last training step were multiplied by, ``table`` those
-    terms before it, level by level and detached; {} after a step with factor 0. ``seed`` is what
-    a method's random numbers are made from. ``watch``, if set, is called with each batch that the
-    method is given.
+    ``factor`` is what the terms of the last training step were multiplied by, that of the schedule
+    times ``multiplier``, ``table`` those terms before it, level by level and detached; {} after a
+    step with factor 0. ``multiplier`` is 1 unless something adapts it. ``seed`` is what a method's
+    random numbers are made from. ``watch``, if set, is called with each batch that the method is
+    given.
 
     A method that needs "second_view" makes both backbones run twice (see `second_view`), but not
     from INPUT.PLAIN_FROM on nor at factor 0.
@@ -97,7 +98,7 @@ class Distiller(nn.Module):
         self._inheritable = inheritable
         self.sources, self.schedule = sources, schedule
         self._same_grid, self._plain_from = same_grid, plain_from
-        self.factor, self.seed = 0.0, 0
+        self.factor, self.multiplier, self.seed = 0.0, 1.0, 0
         self.table: Dict[str, Dict[str, Tensor]] = {}
         self.watch: Optional[Callable[[Batch], None]] = None
         self.asked_for, self._cuts = frozenset(asked_for), cuts
@@ -155,7 +156,7 @@ class Distiller(nn.Module):
         iteration = get_event_storage().iter
         if "second_view" in self.asked_for:
             check_second_images(batched_inputs, iteration, self._plain_from)
-        self.factor, self.table = self.schedule.value(iteration), {}
+        self.factor, self.table = self.schedule.value(iteration) * self.multiplier, {}
         if self.factor == 0:
             zero = _zero(*self.distillation.parameters(), *seen.features.values())
             return {**losses, **dict.fromkeys(self.distillation.loss_names, zero)}

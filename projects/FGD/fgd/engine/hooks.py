@@ -6,7 +6,7 @@ from .. import compat
 
 
 class LogLevelTotals(HookBase):
-    """Logs the factor of the schedule, and each level's total times it as ``distill/p3`` and so on.
+    """Logs the factor of the step, and each level's total times it as ``distill/p3`` and so on.
 
     After the step, when Detectron2 has waited for the losses anyway: the loss itself never makes
     the host wait for a GPU. A plain detector logs nothing; while the factor is 0 there are no

@@ -1,7 +1,7 @@
 """One optimizer step that no process takes alone: Detectron2's steps, with a check by all ranks."""
 
 import logging
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer
@@ -23,14 +23,18 @@ class StepTogether:
 
     Detectron2 finds out on the main process only, while the others step and later wait for it. Both
     versions call ``_write_metrics`` between backward and the optimizer's step. What the ranks tell
-    each other there also says whether one of them was asked to stop: `stop_signal`.
+    each other there also says whether one of them was asked to stop: `stop_signal`. There
+    ``watch_gradients``, if set, finds the gradients as they are before clipping.
     """
 
     stop_signal = ""
+    watch_gradients: Optional[Callable[[], None]] = None
 
     def _write_metrics(self, loss_dict, data_time, *args, **kwargs):
         images = getattr(getattr(self, "data_loader", None), "last_images", ())
         self.stop_signal = check_together(loss_dict, images)
+        if self.watch_gradients is not None:
+            self.watch_gradients()
         super()._write_metrics(loss_dict, data_time, *args, **kwargs)
 
 

@@ -27,6 +27,7 @@ from ..processes.stop import StopBetweenSteps
 from ..processes.together import on_main_process
 from ..weights import load_complete, weights_sha256
 from . import evaluation, run_folder, solver
+from .adaptive import adaptive_hooks
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
@@ -220,8 +221,9 @@ class FGDTrainer(DefaultTrainer):
         return text
 
     def build_hooks(self) -> list:
-        # Before the writers.
-        ret = [LogLevelTotals(), *self.extra_hooks, *super().build_hooks()]
+        # Before the writers, and before anything is saved.
+        adaptive = adaptive_hooks(self.cfg, self.model, len(self.stream.dicts))
+        ret = [*adaptive, LogLevelTotals(), *self.extra_hooks, *super().build_hooks()]
         # Ours on every rank, in the main process's place: saving gathers what each rank has.
         ret = [x for x in ret if not isinstance(x, hooks.PeriodicCheckpointer)]
         saving = SavePeriodically(
