@@ -221,7 +221,7 @@ def test_a_vision_transformer_teaches_the_deepest_stage(arch, stride, tmp_path, 
     batch = make_batch()
     model, loss = step(cfg, batch)
     (level,) = model.distillation.distilled
-    assert level[2:] == (64, "tokens", 32) and level.name == "res5"
+    assert level[2:] == (64, "tokens", 32, True) and level.name == "res5"
     assert 0 < loss / 5 < 2 and model.table["res5"]["dsi_cosine"] == loss
     body = model.student.backbone.bottom_up
     assert all(p.grad is not None and p.grad.any() for p in model.distillation.parameters())

@@ -365,8 +365,8 @@ def test_configs_state_the_published_settings():
         assert (node.FEATURES == "output") == (name == "pkd_reppoints")
     cfg = load_config(str(CONFIGS / "pkd_retinanet_fcos.yaml"))
     teacher = load_config(str(CONFIGS / "teacher_fcos.yaml"))
-    wanted = "", f"{teacher.OUTPUT_DIR}/model_final.pth"
-    assert tuple(cfg.MODEL.DISTILLER.TEACHER.values())[:2] == wanted
+    node = cfg.MODEL.DISTILLER.TEACHER
+    assert (node.CONFIG_FILE, node.WEIGHTS) == ("", f"{teacher.OUTPUT_DIR}/model_final.pth")
 
 
 def test_weight_0_and_the_table():
