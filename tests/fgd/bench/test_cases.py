@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fgd.bench.cases import PYRAMIDS, draw_boxes, draw_maps, levels_of
+from fgd.bench.cases import PYRAMIDS, draw_batch, draw_boxes, draw_maps, levels_of
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,17 @@ def test_boxes_are_inside_and_mostly_small():
     side = (first[:, 2:] - first[:, :2]).prod(1).sqrt()
     assert 12 <= side.min() < 16 and 400 < side.max() <= 640
     assert side.median() < 150
+
+
+def test_images_and_what_a_need_adds():
+    plain, more = (
+        draw_batch((40, 56), 2, 3, 5, needs) for needs in (set(), {"maps", "second_view"})
+    )
+    for one, other in zip(plain, more, strict=True):
+        assert one["image"].shape == (3, 40, 56) and one["image"].dtype == torch.uint8
+        assert torch.equal(one["image"], other["image"]) and 0 < one["image"].float().std()
+        assert one["instances"].gt_classes.tolist() == other["instances"].gt_classes.tolist()
+        assert len(one["instances"]) == 3 and one["instances"].gt_classes.max() < 5
+        assert other.keys() - one.keys() == {"second_image"}
+        assert not torch.equal(other["second_image"], other["image"])
+    assert not torch.equal(more[0]["second_image"], more[1]["second_image"])

@@ -1,4 +1,4 @@
-from fgd.bench.goals import Goal, loss_goals, step_goal
+from fgd.bench.goals import Goal, loss_goals, step_bound, step_goal
 
 
 def row(boxes, implementation="torch", speedup=3.5, over_fewest=1.0, peak=1.1, held=0.02):
@@ -19,7 +19,22 @@ def test_bounds_hold_with_equality_and_nothing_measured_is_not_met():
     unknown = Goal("peak, U", 1.25, None)
     assert unknown.met is None and unknown.line() == "peak, U ≤ 1.25: not measured"
     assert Goal("speed", 3.0, 2.5, at_least=True).line() == "speed ≥ 3: 2.5, MISSED"
-    assert step_goal(1.04).line().endswith("≤ 1.05: 1.04, met")
+
+
+def test_a_step_is_judged_by_what_its_method_needs():
+    maps, heads = {"teacher", "maps"}, {"teacher", "region_logits"}
+    assert step_bound("Any", maps, 0) == step_bound("Any", {"maps"}, 0) == (1.05, "")
+    assert step_bound("Any", heads, 0) == step_bound("Any", heads | maps, 0) == (1.15, "")
+    assert step_bound("Any", heads, 1000) == (1.15, "")  # modules on regions
+    for needs in (maps, heads | maps, {"maps"}):
+        assert step_bound("Any", needs, 1000) == (None, "it trains modules on maps")
+    bound, reason = step_bound("Any", maps | {"second_view"}, 0)
+    assert bound is None and "twice" in reason
+    assert step_bound("FGD", maps, 1000) == (1.05, "")
+    line = step_goal("Any", 1.05, 1.04).line()
+    assert line == "Any: distillation step over student step + teacher forward ≤ 1.05: 1.04, met"
+    line = step_goal("Any", 1.15, 1.16, taught=False).line()
+    assert line == "Any: distillation step over student step ≤ 1.15: 1.16, MISSED"
 
 
 def verdicts(*rows):

@@ -1,42 +1,24 @@
 import json
 
+import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
 
 from fgd.bench.__main__ import main
-from fgd.bench.step import REST, STUDENT, TEACHER, WHOLE, TrainingStep, measure, table
-from fgd.bench.workload import build_workload, draw_batch, norms_from_data
-from fgd.errors import UserError
+from fgd.bench.per_method import TEACHER, Memory
+from fgd.bench.step import REST, STUDENT, WHOLE, Settings, TrainingStep, measure, step_row
+from fgd.bench.step_report import table
+from fgd.bench.timing import Times
+from fgd.bench.workload import build_workload
+
+from .conftest import KEPT
 
 SIZE = (64, 96)
 
 
-@pytest.fixture
-def config(tiny_cfg, tmp_path):
-    """Factory of a distillation config, its teacher's weights absent unless asked for."""
-
-    def make(arch="RetinaNet", trained=False):
-        teacher = tiny_cfg(arch, channels=24)
-        (tmp_path / "teacher.yaml").write_text(teacher.dump())
-        cfg = tiny_cfg(arch)
-        cfg.MODEL.META_ARCHITECTURE = "Distiller"
-        cfg.MODEL.DISTILLER.STUDENT = arch
-        cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = str(tmp_path / "teacher.yaml")
-        cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "https://example.org/never-fetched.pth"
-        cfg.MODEL.WEIGHTS = ""
-        if trained:
-            path = tmp_path / "teacher.pth"
-            torch.save({"model": build_model(teacher).state_dict()}, path)
-            cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = str(path)
-        return cfg
-
-    return make
-
-
 @pytest.mark.parametrize("arch", ["RetinaNet", "GeneralizedRCNN"])
 def test_parts_and_teachers_of_a_step(arch, config):
-    run = measure(config(arch), SIZE, batch=2, boxes=3, rounds=2, threads=1, load=0.0)
+    run = measure(config(arch), Settings(SIZE, batch=2, boxes=3, rounds=2, threads=1), load=0.0)
     parts = {part["part"]: part for part in run["parts"]}
     assert list(parts) == [STUDENT, TEACHER, REST, WHOLE]
     rounds = {name: part["rounds_ms"] for name, part in parts.items()}
@@ -57,7 +39,7 @@ def test_parts_and_teachers_of_a_step(arch, config):
 
 def test_random_weights_are_said_aloud_and_their_rounding_is_not_reported(config):
     cfg = config()
-    run = measure(cfg, SIZE, batch=1, boxes=2, rounds=1, threads=1)
+    run = measure(cfg, Settings(SIZE, batch=1, boxes=2, rounds=1, threads=1))
     assert run["random_weights"] == ["teacher", "student"]
     assert all(set(row["change"].values()) == {None} for row in run["teachers"])
     text = table(run)
@@ -69,7 +51,7 @@ def test_a_teacher_from_a_file_is_the_one_that_is_measured(config):
     cfg = config(trained=True)
     cfg.MODEL.DISTILLER.TEACHER.PRECISION = "bfloat16"
     cfg.MODEL.DISTILLER.FGD.RELATION_WEIGHT = 0.0
-    run = measure(cfg, SIZE, batch=1, boxes=2, rounds=1, threads=1)
+    run = measure(cfg, Settings(SIZE, batch=1, boxes=2, rounds=1, threads=1))
     assert run["random_weights"] == ["student"] and "TEACHER'S" not in table(run)
     exact, half, last, _ = (row["change"] for row in run["teachers"])
     assert all(exact[f"fgd_{term}"] == 0 for term in ("foreground", "background", "attention"))
@@ -91,44 +73,6 @@ def test_a_step_trains_but_changes_no_weight(config):
     assert any(parameter.grad.any() for parameter in body.parameters())
     for name, value in work.student.state_dict().items():
         assert value.shape == work.distiller.student.state_dict()[name].shape
-
-
-def test_random_networks_are_normalised_by_their_own_data(tiny_cfg):
-    model = build_model(tiny_cfg())
-    inputs = draw_batch(SIZE, 2, 2, classes=3)
-    images = model.preprocess_image(inputs).tensor
-    norms = {n: m for n, m in model.backbone.named_modules() if hasattr(m, "running_var")}
-    before = {name: norm.running_var.clone() for name, norm in norms.items()}
-    model.eval()
-    with torch.no_grad(), norms_from_data(model.backbone):
-        model.backbone(images)
-    assert norms and not any(torch.equal(norms[k].running_var, before[k]) for k in norms)
-    seen = []
-    first = next(iter(norms.values()))
-    first.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    with torch.no_grad():
-        model.backbone(images)
-    torch.testing.assert_close(first.running_mean, seen[0].mean(dim=(0, 2, 3)))
-    spread = seen[0].var(dim=(0, 2, 3), correction=0)
-    torch.testing.assert_close(first.running_var, spread)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "needs a distillation config"),
-        ({"MODEL.DISTILLER.METHOD": ""}, "needs a distillation config"),
-        ({"MODEL.MASK_ON": True}, "MASK_ON"),
-        ({"MODEL.DISTILLER.TEACHER.CONFIG_FILE": ""}, "CONFIG_FILE"),
-        ({"MODEL.DISTILLER.TEACHER.WEIGHTS": "nowhere.pth"}, "nowhere.pth"),
-        ({"MODEL.DISTILLER.TEACHER.PRECISION": "float16"}, "needs CUDA"),
-    ],
-)
-def test_what_cannot_be_measured(config, changes, message):
-    cfg = config()
-    cfg.merge_from_list([x for pair in changes.items() for x in pair])
-    with pytest.raises(UserError, match=message):
-        build_workload(cfg, SIZE, 1, 1)
 
 
 def test_the_command_writes_json_from_a_config_file(config, tmp_path, capsys):
@@ -153,14 +97,138 @@ def test_errors_of_the_measuring_process_are_one_line(config, tmp_path, capsys, 
     assert error.startswith("error: ") and "MASK_ON" in error and "Traceback" not in error
 
 
-def test_what_is_measured_distils_whatever_the_schedule(config):
-    cfg = config()
-    cfg.MODEL.DISTILLER.STUDENT, cfg.MODEL.FCOS.NUM_CLASSES = "FCOS", 1
-    cfg.MODEL.DISTILLER.FACTOR = 0.5
-    cfg.MODEL.DISTILLER.SCHEDULE.update(START=10, WARMUP_ITERS=10)
-    work = build_workload(cfg, SIZE, batch=1, boxes=2)
-    assert work.distiller.schedule.value(0) == 0.5
-    assert work.batch[0]["instances"].gt_classes.tolist() == [0, 0]  # of the student's classes
-    assert cfg.MODEL.DISTILLER.SCHEDULE.START == 10  # the caller's is untouched
-    levels = work.distiller.sources.keys()
-    assert all(teacher.sources.keys() == levels for teacher in work.teachers.values())
+HEADS = f"{TEACHER} with roi_heads"
+# Seconds of the first round; the second takes twice as long.
+PLANTED = {
+    STUDENT: 10.0,
+    TEACHER: 2.0,
+    HEADS: 4.0,
+    step_row("Maps"): 12.48,
+    step_row("Logits"): 16.8,
+    step_row("Alone"): 10.3,
+    step_row("Trained"): 20.0,
+    step_row("FGD"): 15.0,
+}
+NAMES = ("Maps", "Logits", "Alone", "Trained")
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Each row is called once and has its time of ``PLANTED``, else 1 s; the names of the rows."""
+    names = []
+
+    def alternate(rows, rounds, device):
+        names.extend(rows)
+        for call in rows.values():
+            call()
+        walls = {name: PLANTED.get(name, 1.0) * np.array([1.0, 2.0]) for name in rows}
+        return {name: Times(wall, wall) for name, wall in walls.items()}
+
+    monkeypatch.setattr("fgd.bench.step.alternate", alternate)
+    return names
+
+
+def test_what_each_method_adds(toys, config, planted):
+    cfg = config("GeneralizedRCNN", trained=True)
+    run = measure(cfg, Settings(SIZE, 1, 2, 2, 1, NAMES))
+    assert sorted(planted) == sorted(PLANTED)
+    rows = {row["method"]: row for row in run["methods"]}
+    assert list(rows) == [*NAMES, "FGD"] and run["left_out"] == {}
+    wanted = {
+        "Maps": (1.04, 720.0, (1.05, True)),  # over 12 and 24 s
+        "Logits": (1.2, 4200.0, (1.15, False)),  # over 14 and 28 s: with the teacher's heads
+        "Alone": (1.03, 450.0, (1.05, True)),  # over the student alone
+        "Trained": (20 / 12, 12000.0, None),
+        "FGD": (1.25, 4500.0, (1.05, False)),
+    }
+    for name, (over_parts, added, goal) in wanted.items():
+        row = rows[name]
+        assert (row["over_parts"], row["added_ms"]) == pytest.approx((over_parts, added)), name
+        assert (row["goal"] and (row["goal"]["bound"], row["goal"]["met"])) == goal, name
+    assert run["goals"] == [row["goal"] for row in rows.values() if row["goal"]]
+    assert [part["part"] for part in run["parts"]] == [STUDENT, TEACHER, HEADS]
+    assert {part["share"] for part in run["parts"]} == {None}
+    assert run["teachers"] == [] and run["over_parts"] is None
+    json.dumps(run, allow_nan=False)
+    check_memory(rows)
+    text = table(run)
+    assert all(goal["line"] in text for goal in run["goals"]) and "share of the whole" not in text
+
+
+def check_memory(rows):
+    """Of batch 1: p2 to p5 of 64x96 pixels, 16 channels; loss scalars are a few hundred bytes."""
+    unit = (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3) * 16 * 4
+    assert {name: row["unit_bytes"] for name, row in rows.items()} == {
+        **dict.fromkeys(("Maps", "Trained", "FGD"), unit),
+        **dict.fromkeys(("Logits", "Alone"), 0),
+    }
+    few = 2000
+    assert abs(rows["Maps"]["held_bytes"]) < few  # a mean keeps no map, the teacher's neither
+    for name in ("Alone", "Trained"):
+        assert rows[name]["held_bytes"] == pytest.approx(4 * KEPT.numel(), abs=few)
+    assert rows["FGD"]["held_bytes"] > 2.9 * unit  # 24 channels of the teacher, and aligned ones
+    assert rows["Trained"]["held_u"] == rows["Trained"]["held_bytes"] / unit
+    assert rows["Logits"]["held_u"] is rows["Alone"]["held_u"] is None
+    counts = {name: row["parameters"] for name, row in rows.items()}
+    assert counts == {"Maps": 0, "Logits": 0, "Alone": 3, "Trained": 25, "FGD": 6920}
+
+
+def test_a_method_without_a_teacher_has_no_teacher_forward(toys, config, planted):
+    cfg = config("GeneralizedRCNN")
+    cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = ""
+    cfg.MODEL.DISTILLER.METHOD = "Alone"
+    run = measure(cfg, Settings(SIZE, 1, 2, 2, 1))
+    assert planted == [STUDENT, step_row("Alone")]
+    assert [part["part"] for part in run["parts"]] == [STUDENT, REST, WHOLE]
+    assert run["parts"][1]["rounds_ms"] == pytest.approx([300.0, 600.0])
+    assert run["over_parts"] == run["goals"][0]["value"] == pytest.approx(1.03)
+    assert run["teachers"] == [] and run["random_weights"] == ["student"]
+    assert run["left_out"]["FGD"].startswith("MODEL.DISTILLER.TEACHER: give WEIGHTS")
+    text = table(run)
+    assert "teacher none" in text and f"not beside them: FGD: {run['left_out']['FGD']}" in text
+
+
+@pytest.mark.parametrize(
+    "methods, asked, term, row",
+    [
+        (("Maps", "Logits"), None, None, None),
+        (("Maps", "Logits"), True, "maps_distance", TEACHER),
+        (("Logits",), None, "logits_distance", HEADS),
+        (("Logits",), False, None, None),
+        (("Alone", "Maps"), True, None, None),  # of the first, which has no teacher
+    ],
+)
+def test_the_teachers_variants(toys, config, planted, monkeypatch, methods, asked, term, row):
+    monkeypatch.setattr("fgd.bench.step.measure_memory", lambda *args: Memory(0, 0))
+    run = measure(config("GeneralizedRCNN"), Settings(SIZE, 1, 2, 2, 1, methods, asked))
+    assert len(run["teachers"]) == (4 if term else 0)
+    for teacher in run["teachers"]:
+        assert [*teacher["change"]] == [term]
+    if methods == ("Logits",):  # one method, FGD beside it
+        assert [part["part"] for part in run["parts"]] == [STUDENT, HEADS, REST, WHOLE]
+        assert [row["method"] for row in run["methods"]] == ["Logits", "FGD"]
+        assert run["over_parts"] == run["methods"][0]["over_parts"] == pytest.approx(1.2)
+    if term:
+        assert run["teachers"][0]["median_ms"] == pytest.approx(1500 * PLANTED[row])
+        assert run["teachers"][1]["over_float32"] == pytest.approx(1 / PLANTED[row])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("Logits", "METHOD Logits needs RoI logits and box deltas of proposals"),
+        ("Maps Nonsense", "'Nonsense' is unknown; there is"),
+        ("Maps+Maps", "names a method twice"),
+        ("Maps MODEL.DISTILLER.MAPS.DISTANCE_WEIGHT -1.0", "DISTANCE_WEIGHT: -1.0 is not"),
+        ("Maps MODEL.NONSENSE 1", "MODEL.NONSENSE"),
+    ],
+)
+def test_what_is_refused(toys, config, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("fgd.bench.__main__.run_alone", lambda call, *args: call(*args))
+    path = tmp_path / "distil.yaml"
+    path.write_text(config().dump())
+    options = f"step --config-file {path} --device cpu --output {tmp_path} --size 64 96 --batch 1"
+    assert main([*options.split(), "--method", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "step.json").exists()

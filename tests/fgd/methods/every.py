@@ -44,9 +44,7 @@ def tiny_pair(name: str, folder: Path):
     node = cfg.MODEL.DISTILLER
     node.STUDENT, cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE, "Distiller"
     node.METHOD, node.TEACHER.WEIGHTS = name, str(path)
-    cfg.DATASETS.TRAIN_SECOND_IMAGES = str(
-        folder
-    )  # batches have them
+    cfg.DATASETS.TRAIN_SECOND_IMAGES = str(folder)  # batches have them
     return cfg
 
 

@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 
 from ..config import check_device, load_config
 from ..errors import UserError
 from ..files import atomic_write, check_output_dir
-from . import loss, loss_report, step
+from . import loss, loss_report, step, step_report
 from .cases import PYRAMIDS
 from .process import ALLOCATORS, run_alone
 from .timing import available_cores, describe_machine
@@ -21,9 +21,10 @@ over boxes, and this project's, alternated round by round. Time, memory, and goa
 loss.json and loss.png. On glibc each pyramid is measured twice, with the allocator as it is and
 with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised so that it keeps large buffers."""
 _STEP = """A training step of a distillation config on synthetic images: student alone, teacher
-forward, both with the FGD loss; and the teacher in half precision and channels last, with the
-change of each FGD term. Writes step.json. Weights that are no local file are RANDOM here: nothing
-is downloaded. Reading and augmenting images is not part of the step."""
+forward, both with a method or with each of several, FGD beside them; and the teacher in half
+precision and channels last, with the change of each of the method's terms. Writes step.json.
+Weights that are no local file are RANDOM here: nothing is downloaded. Reading and augmenting images
+is not part of the step."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     of_step.add_argument("--config-file", required=True, help="a distillation config")
     of_step.add_argument("--boxes", type=_count, default=10, help="per image")
     of_step.add_argument("--rounds", type=_count, default=5)
+    of_step.add_argument(
+        "--method",
+        nargs="+",
+        default=[],
+        help="values of MODEL.DISTILLER.METHOD to compare; the config's own by default",
+    )
+    of_step.add_argument(
+        "--teachers",
+        action=argparse.BooleanOptionalAction,
+        help="the teacher's variants too; by default with a single method",
+    )
     for command in (of_loss, of_step):
         command.add_argument(
             "--size",
@@ -99,14 +111,29 @@ def run_loss(args: argparse.Namespace) -> None:
 
 
 def run_step(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *args.opts])
+    methods, opts = _split(args.method)
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", args.device, *opts, *args.opts])
     machine = describe_machine(torch.device(args.device))
-    shape = tuple(args.size), args.batch, args.boxes
-    load = machine["load_average"]
-    run = run_alone(step.measure, cfg, *shape, args.rounds, args.threads, load)
+    settings = step.Settings(
+        size=tuple(args.size),
+        batch=args.batch,
+        boxes=args.boxes,
+        rounds=args.rounds,
+        threads=args.threads,
+        methods=methods,
+        variants=args.teachers,
+    )
+    run = run_alone(step.measure, cfg, settings, machine["load_average"])
     run["settings"]["config"] = args.config_file
-    print(step.table(run))
+    print(step_report.table(run))
     _write_json(args.output / "step.json", {"machine": machine, **run})
+
+
+def _split(words: Sequence[str]) -> Tuple[Tuple[str, ...], Sequence[str]]:
+    """Methods, and the KEY VALUE pairs after them: to argparse these are more methods."""
+    keys = [i for i, word in enumerate(words) if "." in word]
+    end = keys[0] if keys else len(words)
+    return tuple(words[:end]), words[end:]
 
 
 def _write_json(path: Path, content: Dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
-"""What the loss is measured on: pyramids of random maps and boxes of realistic sizes."""
+"""What is measured: random pyramids and batches of images, with boxes of realistic sizes."""
 
 import math
-from typing import Dict, List, NamedTuple, Tuple
+from typing import AbstractSet, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..methods.batch import Level
 
@@ -68,3 +70,44 @@ def draw_boxes(count: int, size: Tuple[int, int], batch: int, seed: int = 0) -> 
         return torch.stack([left, top, left + width, top + height], dim=1)
 
     return [one_image() for _ in range(batch)]
+
+
+def _draw_images(size: Tuple[int, int], batch: int, generator: torch.Generator) -> Tensor:
+    """Smooth random images (N, 3, H, W), uint8."""
+    coarse = torch.rand(batch, 3, 12, 16, generator=generator)
+    images = interpolate(coarse, size=size, mode="bicubic", align_corners=False)
+    return (images * 255).clamp(0, 255).to(torch.uint8)
+
+
+# Need of a method → what a mapper gives it beside the image: key in the batch's dicts, and how to
+# draw one for each image.
+EXTRAS: Dict[str, Tuple[str, Callable[[Tuple[int, int], int, torch.Generator], Sequence]]] = {
+    "second_view": ("second_image", _draw_images),
+}
+
+
+def draw_batch(
+    size: Tuple[int, int],
+    batch: int,
+    boxes: int,
+    classes: int,
+    needs: AbstractSet[str] = frozenset(),
+) -> List[dict]:
+    """Random images (3, H, W) with ``boxes`` boxes each, as a mapper gives them.
+
+    Args:
+        needs: of the methods; those in `EXTRAS` add an entry.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = _draw_images(size, batch, generator)
+    inputs = []
+    for image, image_boxes in zip(images, draw_boxes(boxes, size, batch), strict=True):
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(image_boxes)
+        instances.gt_classes = torch.randint(classes, (boxes,), generator=generator)
+        inputs.append({"image": image, "instances": instances, "height": size[0], "width": size[1]})
+    for need in sorted(needs & EXTRAS.keys()):
+        key, draw = EXTRAS[need]
+        for sample, extra in zip(inputs, draw(size, batch, generator), strict=True):
+            sample[key] = extra
+    return inputs

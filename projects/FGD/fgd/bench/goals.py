@@ -1,13 +1,21 @@
 """What distillation is allowed to cost, and whether it keeps to that."""
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import AbstractSet, Any, Dict, List, NamedTuple, Optional
 
 # Stated for two images of 800x1216 pixels and 256 channels.
 SPEEDUP = {"torch": 3.0, "triton": 7.0}  # over the per-box loop, at 50 boxes per image
 PEAK = 1.25  # times the student's maps, the gradient itself being 1
 HELD = 0.1  # times the student's maps, from forward to backward pass
 MANY_BOXES = 1.15  # time with 300 boxes over that with 1
-STEP = 1.05  # distillation step over student step plus teacher forward
+
+# Distillation step over student step plus what the method needs of the teacher's forward.
+STEP = 1.05  # for a method that needs no more than these, and trains nothing on maps:
+MAPS = frozenset({"teacher", "maps"})
+STEP_WITH_HEADS = 1.15  # for one that needs more, which heads give
+# Needs that make a step another one, so that no bound on the sum means much.
+NO_STEP_GOAL = {"second_view": "the student runs twice in a step"}
+# The method that is measured beside all others; STEP is its goal although it trains modules.
+REFERENCE = "FGD"
 
 
 class Goal(NamedTuple):
@@ -53,6 +61,29 @@ def loss_goals(rows: List[Dict[str, Any]]) -> List[Goal]:
     return goals
 
 
-def step_goal(over_parts: float) -> Goal:
-    """Goal of the whole step; ``over_parts``: it over student step plus teacher forward."""
-    return Goal("distillation step over student step + teacher forward", STEP, over_parts)
+class StepBound(NamedTuple):
+    """Of a method's step; ``bound`` None where there is no goal, and why not."""
+
+    bound: Optional[float]
+    reason: str = ""
+
+
+def step_bound(method: str, needs: AbstractSet[str], parameters: int) -> StepBound:
+    """The bound of a method, by what it needs and how many parameters it trains itself."""
+    if method == REFERENCE:
+        return StepBound(STEP)
+    for need in sorted(needs & NO_STEP_GOAL.keys()):
+        return StepBound(None, NO_STEP_GOAL[need])
+    if parameters and "maps" in needs:
+        return StepBound(None, "it trains modules on maps")
+    return StepBound(STEP if needs <= MAPS else STEP_WITH_HEADS)
+
+
+def step_goal(method: str, bound: float, over_parts: float, taught: bool = True) -> Goal:
+    """Goal of a whole step.
+
+    Args:
+        over_parts: it over student step plus teacher forward. taught: False without a teacher.
+    """
+    parts = "student step + teacher forward" if taught else "student step"
+    return Goal(f"{method}: distillation step over {parts}", bound, over_parts)

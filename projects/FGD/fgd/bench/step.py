@@ -1,28 +1,50 @@
-"""Time and memory of a training step: the student alone, the teacher, both with the method."""
+"""Time and memory of a training step: the student alone, the teacher, both with each method."""
 
 import itertools
-from typing import Any, Dict, List, Optional, Tuple
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
 from torch import nn
 
 from ..engine import solver
 from ..methods.method import over_levels
-from .goals import step_goal
+from .goals import REFERENCE
 from .memory import trace
+from .per_method import Memory, measure_memory, method_row, record
 from .timing import Times, alternate, noise, ratio
-from .workload import Workload, build_workload, padded_size
+from .workload import Workload, build_workload
 
-STUDENT, TEACHER, REST, WHOLE = (
-    "student step",
-    "teacher forward",
-    "the method and the rest",  # the difference
-    "distillation step",
-)
+STUDENT, REST, WHOLE = "student step", "the method and the rest", "distillation step"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One measurement.
+
+    Attributes:
+        size: (height, width) of the images in pixels. boxes: per image.
+        methods: values of MODEL.DISTILLER.METHOD; none for the config's own. `REFERENCE` is
+            measured beside them.
+        variants: whether to time the teacher in each precision and memory order too; None: where
+            one method is asked for.
+    """
+
+    size: Tuple[int, int]
+    batch: int
+    boxes: int
+    rounds: int
+    threads: int
+    methods: Tuple[str, ...] = ()
+    variants: Optional[bool] = None
+
+    @property
+    def one(self) -> bool:
+        """Whether a single method is asked for."""
+        return len(set(self.methods)) < 2
 
 
 class TrainingStep:
@@ -46,88 +68,146 @@ class TrainingStep:
             self.trainer.run_step()
 
 
-def measure(
-    cfg: CfgNode,
-    size: Tuple[int, int],
-    batch: int,
-    boxes: int,
-    rounds: int,
-    threads: int,
-    load: Optional[float] = None,
-) -> Dict[str, Any]:
+class Rows(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        calls: by the name of the row. models: row → what it trains.
+        forwards: method → row of the teacher's forward that it needs; none without a teacher.
+        variants: precision and channels_last → row of the first method's forward in these.
+    """
+
+    calls: Dict[str, Callable[[], None]]
+    models: Dict[str, nn.Module]
+    forwards: Dict[str, str]
+    variants: Dict[Tuple[str, bool], str]
+
+
+def step_row(method: str) -> str:
+    return f"{WHOLE}, {method}"
+
+
+def plan_rows(work: Workload) -> Rows:
+    """The student's step, each kind of teacher forward, each distillation step, each variant."""
+    distillers = {step_row(name): distiller for name, distiller in work.distillers.items()}
+    models = {STUDENT: work.student, **distillers}
+    calls: Dict[str, Callable[[], None]] = {}
+    forwards, variants = {}, {}
+    for name, distiller in work.distillers.items():
+        if distiller.teacher is not None:
+            forward = record(distiller, work.batch, distiller.teacher)
+            forwards[name] = forward.title
+            calls.setdefault(forward.title, forward)
+    for name, model in models.items():
+        calls[name] = TrainingStep(work.cfg, model, work.batch)
+    node = work.cfg.MODEL.DISTILLER.TEACHER
+    for variant, teacher in work.teachers.items():
+        if variant == (node.PRECISION, node.CHANNELS_LAST):
+            variants[variant] = next(iter(forwards.values()))
+        else:
+            variants[variant] = variant_title(*variant)
+            calls[variant_title(*variant)] = record(work.distiller, work.batch, teacher)
+    return Rows(calls, models, forwards, variants)
+
+
+def measure(cfg: CfgNode, settings: Settings, load: Optional[float] = None) -> Dict[str, Any]:
     """Time the parts and each variant of the teacher, alternated, then trace their memory.
 
     Args:
-        size: (height, width) of the images in pixels. boxes: per image. load: average before.
+        load: average before.
     Raises:
         UserError: see `build_workload`.
     """
-    torch.set_num_threads(threads)
-    work = build_workload(cfg, size, batch, boxes)
-    device, padded = work.distiller.device, padded_size(work.student, work.batch)
-    node = cfg.MODEL.DISTILLER.TEACHER
-    calls = {
-        variant: lambda teacher=teacher: teacher.look(work.batch, padded)
-        for variant, teacher in work.teachers.items()
+    torch.set_num_threads(settings.threads)
+    variants = settings.one if settings.variants is None else settings.variants
+    shape = settings.size, settings.batch, settings.boxes
+    work = build_workload(cfg, *shape, settings.methods, REFERENCE, variants)
+    rows, device, amp = plan_rows(work), work.student.device, cfg.SOLVER.AMP.ENABLED
+    times = alternate(rows.calls, settings.rounds, device)
+    memory = {
+        name: measure_memory(rows.calls[name], model, work.batch, amp)
+        for name, model in rows.models.items()
     }
-    own = node.PRECISION, node.CHANNELS_LAST  # the variant that the distillation step runs
-    rows = {
-        STUDENT: TrainingStep(cfg, work.student, work.batch),
-        **({TEACHER: calls[own]} if calls else {}),
-        WHOLE: TrainingStep(cfg, work.distiller, work.batch),
-    }
-    rows.update({_title(*variant): call for variant, call in calls.items() if variant != own})
-    times = alternate(rows, rounds, device)
-    over_parts = ratio(
-        times[WHOLE].wall, sum(times[x].wall for x in (STUDENT, TEACHER) if x in times)
-    )
-    of_variants = {v: times[TEACHER if v == own else _title(*v)] for v in calls}
+    methods = [_method(name, work, rows, times, memory) for name in work.distillers]
+    first = methods[0]["method"] if settings.one else None
     return {
-        "settings": {
-            "student": cfg.MODEL.DISTILLER.STUDENT,
-            "teacher": (node.CONFIG_FILE or node.TIMM or node.WEIGHTS) if calls else "none",
-            "size": size,
-            "batch": batch,
-            "boxes": boxes,
-            "rounds": rounds,
-            "threads": threads,
-            "device": str(device),
-            "amp": cfg.SOLVER.AMP.ENABLED,
-        },
+        "settings": _describe(cfg, settings, device, taught=bool(rows.forwards)),
         "random_weights": work.random,
-        "parts": _parts(rows, times, device),
-        "over_parts": over_parts,
-        "goals": [step_goal(over_parts).json()],
-        "teachers": _teachers(of_variants, term_changes(work)),
-        "noise": noise(times, load, threads, on_cpu=device.type == "cpu"),
+        "left_out": work.left_out,
+        "parts": _parts(first, rows, times, _peaks(rows, memory, device)),
+        "over_parts": methods[0]["over_parts"] if settings.one else None,
+        "goals": [row["goal"] for row in methods if row["goal"]],
+        "methods": methods,
+        "teachers": _teachers({v: times[row] for v, row in rows.variants.items()}, work),
+        "noise": noise(times, load, settings.threads, on_cpu=device.type == "cpu"),
     }
 
 
-def _parts(rows: Dict[str, Any], times: Dict[str, Times], device) -> List[Dict[str, Any]]:
-    """Figures of the student, the teacher if there is one, the whole, and what it has beyond."""
-    whole = times[WHOLE].wall
-    known = {name: times[name] for name in (STUDENT, TEACHER) if name in times}
-    loss = whole - sum(part.wall for part in known.values())
-    parts = []
-    for name, part in {
-        **known,
-        REST: Times(loss, loss),
-        WHOLE: times[WHOLE],
-    }.items():
-        peak = None
-        if name != REST:
-            for step in (rows[STUDENT], rows[WHOLE]):
-                step.optimizer.zero_grad()
-            peak = trace(rows[name], device)[1].peak
-        share = ratio(part.wall, whole)
-        parts.append({"part": name, **part.summary(), "share": share, "peak_bytes": peak})
-    return parts
+def _describe(
+    cfg: CfgNode, settings: Settings, device: torch.device, taught: bool
+) -> Dict[str, Any]:
+    node, own = cfg.MODEL.DISTILLER, asdict(settings)
+    return {
+        "student": node.STUDENT,
+        "teacher": _teacher_name(node.TEACHER) if taught else "none",
+        **{key: own[key] for key in ("size", "batch", "boxes", "rounds", "threads")},
+        "device": str(device),
+        "amp": cfg.SOLVER.AMP.ENABLED,
+    }
 
 
-def _teachers(times: Dict[tuple, Times], changes: Dict[tuple, dict]) -> List[Dict[str, Any]]:
+def _teacher_name(node: CfgNode) -> str:
+    return node.CONFIG_FILE or node.TIMM or node.WEIGHTS
+
+
+def _method(
+    name: str, work: Workload, rows: Rows, times: Dict[str, Times], memory: Dict[str, Memory]
+) -> Dict[str, Any]:
+    own = step_row(name)
+    taught = times[rows.forwards[name]] if name in rows.forwards else None
+    costs = memory[STUDENT], memory[own]
+    return method_row(name, work.distillers[name], (times[STUDENT], times[own], taught), costs)
+
+
+def _peaks(rows: Rows, memory: Dict[str, Memory], device: torch.device) -> Dict[str, int]:
+    """Of each step and of each teacher forward, in bytes."""
+    peaks = {name: own.peak for name, own in memory.items()}
+    for name in {*rows.forwards.values()}:
+        peaks[name] = trace(rows.calls[name], device)[1].peak
+    return peaks
+
+
+def _parts(
+    method: Optional[str], rows: Rows, times: Dict[str, Times], peaks: Dict[str, int]
+) -> List[Dict[str, Any]]:
+    """Figures of the student and of each teacher forward.
+
+    With a method: of the forward that this one needs, of its step, and of what that has beyond the
+    other two.
+    """
+    forwards = [row for name, row in rows.forwards.items() if method in (None, name)]
+    found = {name: times[name] for name in (STUDENT, *forwards)}
+    whole = None
+    if method is not None:
+        step = times[step_row(method)]
+        whole, beyond = step.wall, step.wall - sum(part.wall for part in found.values())
+        found.update({REST: Times(beyond, beyond), WHOLE: step})
+        peaks = {**peaks, WHOLE: peaks[step_row(method)]}
+    return [
+        {
+            "part": name,
+            **part.summary(),
+            "share": None if whole is None else ratio(part.wall, whole),
+            "peak_bytes": peaks.get(name),
+        }
+        for name, part in found.items()
+    ]
+
+
+def _teachers(times: Dict[tuple, Times], work: Workload) -> List[Dict[str, Any]]:
     if not times:
         return []
-    exact = times["float32", False].wall
+    exact, changes = times["float32", False].wall, term_changes(work)
     return [
         {
             "precision": variant[0],
@@ -148,7 +228,7 @@ def term_changes(work: Workload) -> Dict[tuple, Dict[str, Optional[float]]]:
     features hang on rounding as no trained network's do.
     """
     names = [name.removeprefix("loss_") for name in work.distiller.distillation.loss_names]
-    if "teacher" in work.random or not work.teachers:
+    if "teacher" in work.random:
         return {variant: dict.fromkeys(names) for variant in work.teachers}
     with EventStorage():
         _, seen = work.distiller.run_student(work.batch)
@@ -168,56 +248,5 @@ def term_changes(work: Workload) -> Dict[tuple, Dict[str, Optional[float]]]:
     }
 
 
-def _title(precision: str, channels_last: bool) -> str:
+def variant_title(precision: str, channels_last: bool) -> str:
     return f"teacher {precision}{' channels_last' if channels_last else ''}"
-
-
-def table(run: Dict[str, Any]) -> str:
-    """The run as two Markdown tables, goal and warnings."""
-    s = run["settings"]
-    heading = (
-        f"{s['student']}, teacher {s['teacher']}, {s['size'][0]}x{s['size'][1]}, batch "
-        f"{s['batch']}, {s['boxes']} boxes, {s['device']}, {s['threads']} threads, {s['rounds']} "
-        f"rounds, AMP {s['amp']}. A step is forward, backward, clipping and optimizer."
-    )
-    loud = "".join(
-        f"\nNOTE: the {who.upper()}'S WEIGHTS ARE RANDOM, not those of the config. Times do not "
-        "depend on that."
-        for who in run["random_weights"]
-    )
-    if "teacher" in run["random_weights"]:
-        loud += (
-            "\nNOTE: how half precision changes the terms is measured with trained teachers "
-            "only: give MODEL.DISTILLER.TEACHER.WEIGHTS a local file."
-        )
-    parts = [
-        [
-            part["part"],
-            _spread(part),
-            f"{part['share']:.1%}",
-            "" if part["peak_bytes"] is None else f"{part['peak_bytes'] / 2**20:.0f}",
-        ]
-        for part in run["parts"]
-    ]
-    teachers = [
-        [
-            _title(row["precision"], row["channels_last"]),
-            _spread(row),
-            f"{row['over_float32']:.2f}",
-            *("" if x is None else f"{x:+.2%}" for x in row["change"].values()),
-        ]
-        for row in run["teachers"]
-    ]
-    median = "ms, median (p10-p90)"
-    tables = [(parts, ["part", median, "share of the whole", "peak extra memory, MiB"])]
-    if teachers:
-        changes = run["teachers"][0]["change"]
-        tables.append((teachers, ["teacher forward", median, "x float32", *changes]))
-    cells = "\n\n".join(tabulate(r, h, tablefmt="github", disable_numparse=True) for r, h in tables)
-    goals = "\n".join(f"goal: {goal['line']}" for goal in run["goals"])
-    noisy = "".join(f"\nnoisy: {reason}" for reason in run["noise"])
-    return f"{heading}{loud}\n\n{cells}\n\n{goals}{noisy}\n"
-
-
-def _spread(row: Dict[str, Any]) -> str:
-    return f"{row['median_ms']:.1f} ({row['p10_ms']:.1f}-{row['p90_ms']:.1f})"
