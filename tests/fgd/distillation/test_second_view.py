@@ -10,7 +10,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fgd.bench.workload import build_workload, draw_batch
+from fgd.bench.cases import draw_batch
+from fgd.bench.workload import build_workload
 from fgd.data.stream import build_train_stream
 from fgd.distillation.config import wants_second_images
 from fgd.doctor.losses import measure

@@ -9,7 +9,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
-from fgd.bench.step import REST, STUDENT, WHOLE, measure, table
+from fgd.bench.step import REST, STUDENT, WHOLE, Settings, measure
+from fgd.bench.step_report import table
 from fgd.cli import main as train_net
 from fgd.config import load_config
 from fgd.errors import UserError
@@ -120,7 +121,7 @@ def test_a_study_has_no_teacher_to_train_or_wait_for(config, tmp_path):
 
 def test_its_step_is_measured_without_a_teachers_row(config):
     cfg = load_config(str(config))
-    found = measure(cfg, (64, 64), batch=1, boxes=2, rounds=1, threads=1)
+    found = measure(cfg, Settings((64, 64), batch=1, boxes=2, rounds=1, threads=1))
     parts = {x["part"]: x["median_ms"] for x in found["parts"]}
     assert list(parts) == [STUDENT, REST, WHOLE]
     assert parts[STUDENT] + parts[REST] == pytest.approx(parts[WHOLE])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.utils.logger import setup_logger
 
-from fgd.bench.step import measure
+from fgd.bench.step import Settings, measure
 from fgd.cli import main as train_net
 from fgd.config import load_config
 from fgd.distillation import timm_teacher
@@ -103,7 +103,7 @@ def test_other_weights_are_another_teacher(run, tmp_path, capfd):
 @pytest.mark.parametrize("weights", ["", "https://example.org/never-fetched.pth"])
 def test_a_step_is_measured_without_a_download(config, weights):
     cfg = load_config(str(config), ["MODEL.DISTILLER.TEACHER.WEIGHTS", weights])
-    run = measure(cfg, (64, 64), batch=1, boxes=2, rounds=1, threads=1)
+    run = measure(cfg, Settings((64, 64), batch=1, boxes=2, rounds=1, threads=1))
     assert run["random_weights"] == ["teacher", "student"] and len(run["teachers"]) == 4
     assert run["settings"]["teacher"] == "test_vit"
     assert set(run["teachers"][0]["change"]) == {f"fgd_{term}" for term in FGD.terms}

@@ -105,6 +105,7 @@ def _config_of(cfg: CfgNode, method: str, inherit: bool) -> CfgNode:
     # What is measured is a step that distils.
     cfg.MODEL.DISTILLER.SCHEDULE = get_fgd_cfg().MODEL.DISTILLER.SCHEDULE
     cfg.INPUT.PLAIN_FROM = 0
+    cfg.DATASETS.TRAIN_SECOND_IMAGES = "drawn"  # as the first images are: no folder is read
     return cfg
 
 
