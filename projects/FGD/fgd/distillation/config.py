@@ -43,7 +43,8 @@ def add_distiller_config(cfg: CfgNode) -> None:
     # off.
     node.PICTURE_PERIOD = 0
     # Copy the teacher's neck and head into the student where names and shapes agree (FGD paper,
-    # "inheriting strategy"). Off, because it needs a teacher of the same detector family.
+    # "inheriting strategy"). Off, because it needs a teacher of the same detector family; a plain
+    # R-CNN can take the first stage of a cascade.
     node.INHERIT = False
     _add_teacher(node)
     for name, method in METHOD_REGISTRY:

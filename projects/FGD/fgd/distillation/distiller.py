@@ -16,7 +16,7 @@ from ..methods.batch import Batch, Cut, Heads, Regions, SecondView
 from ..methods.method import Table, over_levels
 from .config import asked_cuts, asked_for, check_distiller
 from .heads import HeadTap, RecordedHead, check_grids, heads_of
-from .inherit import inherit, neck_and_head
+from .inherit import heritage, inherit
 from .needs import wants_regions
 from .plan import freeze_teacher, make_plan, summarize
 from .regions import Recorded, RegionTap, regions_of
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         with torch.random.fork_rng():
             model, teacher_cfg = build_teacher(cfg)
             plan = make_plan(cfg, student, model)
-        inheritable = neck_and_head(model) if cfg.MODEL.DISTILLER.INHERIT else None
+        inheritable = heritage(model, student) if cfg.MODEL.DISTILLER.INHERIT else None
         return {
             "student": student,
             "teacher": freeze_teacher(cfg, model, teacher_cfg, plan),
