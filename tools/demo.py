@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = load_dataset(str(test_json))
     pictures = [
         draw_comparison(output, seed, data),
-        output / "attention_1.png",  # these two are the study's
+        output / "maps_1.png",  # these two are the study's
         output / "losses.png",
     ]
     headers = ["", "AP", "AP50", "AP of the graph", "ms, ONNX Runtime", "ms, Detectron2", "MiB"]

@@ -3,7 +3,10 @@ from pathlib import Path
 import pytest
 
 from fgd.errors import UserError
-from fgd.study.arms import ablations, main_arm, plan, study_config
+from fgd.study.arms import ablations, main_arm, study_config
+from fgd.study.plan import plan
+
+from .methods import method
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
 TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
@@ -40,6 +43,44 @@ def test_ablations_switch_single_terms():
         assert cfg.MODEL.DISTILLER.INHERIT  # the config's own choice
 
 
+def test_a_method_is_an_arm_with_and_without_inheriting():
+    arms = ["FGD", "inherit+FGD"]
+    runs = plan(CONFIG, "t.yaml", [*arms, "distil"], [0], Path("out"), {}, {"FGD": 0.5})
+    assert [run.arm for run in runs] == ["teacher", *arms, "distil"]
+    weights = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "out/teacher/model_final.pth"}
+    keys = {"MODEL.DISTILLER.METHOD": "FGD", "MODEL.DISTILLER.INHERIT": "False", **weights}
+    assert runs[1].opts == {**keys, "MODEL.DISTILLER.FACTOR": "0.5"}
+    assert runs[2].opts == {**keys, "MODEL.DISTILLER.INHERIT": "True"}
+    assert [run.balance for run in runs] == [False, False, True, False]
+    assert runs[2].needs == ("teacher",) and runs[2].folder == Path("out/inherit+FGD_0")
+    assert study_config(CONFIG, runs[1].opts).MODEL.DISTILLER.FACTOR == 0.5
+    given = {**TEACHER, "MODEL.DISTILLER.FACTOR": "2.0"}
+    run = plan(CONFIG, "", ["FGD"], [0], Path("out"), given)[1]
+    assert run.opts["MODEL.DISTILLER.FACTOR"] == "2.0" and not run.balance
+
+
+def test_a_sum_of_methods_is_one_arm():
+    with method("Toy"):
+        runs = plan(CONFIG, "t.yaml", ["FGD+Toy", "inherit+FGD+Toy"], [0], Path("out"), {})
+        assert [x.opts["MODEL.DISTILLER.METHOD"] for x in runs[1:]] == ["FGD+Toy"] * 2
+        assert [x.opts["MODEL.DISTILLER.INHERIT"] for x in runs[1:]] == ["False", "True"]
+
+
+def test_a_method_without_teacher_needs_none_and_inherits_from_none():
+    with method("Alone", needs=["maps"]):
+        (run,) = plan(CONFIG, "", ["Alone"], [0], Path("out"), {})
+        assert run.needs == () and "MODEL.DISTILLER.TEACHER.WEIGHTS" not in run.opts
+        with pytest.raises(UserError, match="inherit.Alone: Alone has no teacher to inherit from"):
+            plan(CONFIG, "t.yaml", ["inherit+Alone"], [0], Path("out"), {})
+        assert len(plan(CONFIG, "t.yaml", ["inherit+FGD+Alone"], [0], Path("out"), {})) == 2
+
+
+def test_a_method_that_the_config_refuses_is_named_before_anything_is_trained():
+    opts = {**TEACHER, "MODEL.DISTILLER.FGD.TEMPERATURE": "0.0"}
+    with pytest.raises(UserError, match="^FGD: MODEL.DISTILLER.FGD.TEMPERATURE"):
+        plan(CONFIG, "", ["FGD"], [0], Path("out"), opts)
+
+
 def test_a_teacher_that_is_there_is_evaluated_and_nobody_waits_for_it():
     teacher, distil = plan(CONFIG, "", ["distil"], [0], Path("out"), TEACHER)
     assert teacher.eval_only and teacher.opts == {"MODEL.WEIGHTS": "t.pth"}
@@ -52,12 +93,24 @@ def test_the_long_student_waits_for_the_two_whose_time_it_needs():
     assert [r.arm for r in runs][-2:] == ["student-long"] * 2  # they start last
     assert runs[-1].needs == ("student", "inherit+distil")
     assert runs[-1].opts == {"MODEL.META_ARCHITECTURE": "RetinaNet"}
+    arms = ["student-long", "student", "FGD", "inherit+FGD"]  # without the main arm
+    run = plan(CONFIG, "t.yaml", arms, [0], Path("out"), {})[-1]
+    assert run.needs == ("student", "FGD", "inherit+FGD")
+    run = plan(CONFIG, "t.yaml", [*arms, "inherit+distil"], [0], Path("out"), {})[-1]
+    assert run.needs == ("student", "inherit+distil")
 
 
 @pytest.mark.parametrize(
     ("arms", "opts", "message"),
     [
         (["magic"], TEACHER, "magic unknown; there are student, inherit"),
+        (["FGD+magic"], TEACHER, "FGD.magic unknown; there are .*inherit.METHOD for each of .*FGD"),
+        (["inherit+magic"], TEACHER, "inherit.magic unknown"),
+        (["inherit+"], TEACHER, "inherit. unknown"),
+        (["FGD+FGD"], TEACHER, "'FGD.FGD' names a method twice"),
+        (["FGD"], {}, "no teacher"),
+        (["student-long", "FGD"], TEACHER, "takes, so add student"),
+        (["student"], {"MODEL.META_ARCHITECTURE": "RetinaNet"}, "RetinaNet, but a study needs"),
         (["distil"], {}, "no teacher"),
         (["student", "student"], {}, "names an arm twice"),
         (["student-long"], {}, "so add student and inherit.distil"),

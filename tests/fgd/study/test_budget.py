@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from fgd.errors import UserError
-from fgd.study.arms import plan, study_config
+from fgd.study.arms import study_config
 from fgd.study.budget import long_budget, long_schedule, step_seconds
+from fgd.study.plan import plan
 
 from .finished import finish
 
@@ -64,6 +65,34 @@ def test_the_student_never_gets_less_than_the_others(study):
     for run in runs[1:3]:
         finish(run, step=5.0)
     assert long_budget(runs, cfg, output)["iterations"] == 600
+
+
+def times_of(tmp_path, seconds):
+    """Runs of these arms and of student-long, with finished ones' step times."""
+    runs = plan(CONFIG, "t.yaml", ["student-long", *seconds], [0], tmp_path, {})
+    for run in runs:
+        if run.arm in seconds:
+            finish(run, step=seconds[run.arm])
+    return runs
+
+
+def test_without_the_main_arm_it_is_the_time_of_the_slowest_method(tmp_path):
+    """The config's own arm is inherit+distil; inherit has no method and does not count."""
+    cfg = study_config(CONFIG, {})
+    seconds = {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9, "inherit": 2.0, "distil": 3.0}
+    budget = long_budget(times_of(tmp_path / "a", seconds), cfg, tmp_path / "a")
+    assert budget["arm"] == "inherit+FGD" and budget["iterations"] == 1080
+    assert budget["seconds"] == {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9}
+    seconds["inherit+distil"] = 0.6
+    budget = long_budget(times_of(tmp_path / "b", seconds), cfg, tmp_path / "b")
+    assert budget["arm"] == "inherit+distil" and budget["iterations"] == 720
+
+
+def test_every_method_must_have_finished(tmp_path):
+    runs = times_of(tmp_path, {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9})
+    (tmp_path / "FGD_0" / "results.json").unlink()
+    with pytest.raises(UserError, match="no finished run of FGD says how long a step takes"):
+        long_budget(runs, study_config(CONFIG, {}), tmp_path)
 
 
 def test_unfinished_runs_do_not_count(study):

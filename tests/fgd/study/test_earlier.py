@@ -3,12 +3,14 @@ from pathlib import Path
 import pytest
 
 from fgd.errors import UserError
-from fgd.study.arms import plan, study_config
+from fgd.study.arms import study_config
 from fgd.study.earlier import check_finished
+from fgd.study.plan import plan
 
 from .finished import finish
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
+TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
 
 
 def test_finished_runs_of_another_config_are_refused(tmp_path):
@@ -25,3 +27,18 @@ def test_finished_runs_of_another_config_are_refused(tmp_path):
     (run.folder / "config.yaml").write_text(cfg.dump())
     with pytest.raises(UserError, match="student, seed 3: .*SOLVER.MAX_ITER: 7 -> 600"):
         check_finished(runs)
+
+
+def test_a_measured_factor_is_no_difference_and_a_given_one_is(tmp_path):
+    (run,) = plan(CONFIG, "", ["FGD"], [3], tmp_path, TEACHER)[1:]
+    cfg = study_config(CONFIG, run.opts)
+    finish(run)
+    cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DISTILLER.FACTOR = 3, str(run.folder), 0.37
+    (run.folder / "config.yaml").write_text(cfg.dump())
+    check_finished([run])
+    for factor in (0.37, 0.5):
+        (run,) = plan(CONFIG, "", ["FGD"], [3], tmp_path, TEACHER, {"FGD": factor})[1:]
+        if factor == 0.37:
+            check_finished([run])
+    with pytest.raises(UserError, match="FGD, seed 3: .*DISTILLER.FACTOR: 0.37 -> 0.5"):
+        check_finished([run])

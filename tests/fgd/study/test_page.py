@@ -1,24 +1,37 @@
 import re
 
 from fgd.study.page import html_page, markdown
-from fgd.study.report import Section, change_table, mean_and_sd, number, sections, summary_table
+from fgd.study.report import (
+    Section,
+    change_table,
+    comparison_table,
+    each,
+    mean_and_sd,
+    number,
+    ranked_table,
+    sections,
+    summary_table,
+)
 
 SPREAD = {"each": [10.0, 12.0], "mean": 11.0, "sd": 1.25}
 NOTHING = {"each": [None, None], "mean": None, "sd": None}
 
 
-def row(arm, gap=None, **kinds):
+def row(arm, gap=None, seconds=0.5, factors=(), **kinds):
     row = {"arm": arm, "seeds": [0, 1], "iterations": 600, "minutes": 2.5}
+    row |= {"seconds": seconds, "factors": list(factors)}
     return row | {kind: {"AP": ap, "APs": NOTHING, "gap closed": gap} for kind, ap in kinds.items()}
 
 
-def change(arm, against, name="all classes", p=0.04):
-    found = {"arm": arm, "against": against, "class": name, "seeds": [0, 1]}
-    return found | {"difference": 3.5, "low": -0.25, "high": 7.0, "p": p}
+def change(arm, against, name="all classes", p=0.04, corrected=None, difference=3.5):
+    found = {"arm": arm, "against": against, "class": name, "seeds": [0, 1], "p": p}
+    found["corrected"] = p if name == "all classes" and corrected is None else corrected
+    return found | {"difference": difference, "low": -0.25, "high": 7.0}
 
 
 def study(**more):
-    rows = [row("student", bbox=SPREAD), row("distil", 25.4, bbox=SPREAD, segm=SPREAD)]
+    distil = row("distil", 25.4, 0.8, [0.5, 0.5], bbox=SPREAD, segm=SPREAD)
+    rows = [row("student", bbox=SPREAD), distil]
     empty = {
         "facts": ["some facts"],
         "missing": [],
@@ -40,9 +53,21 @@ def test_summary_table():
     head, student, distil = summary_table(study()["arms"], "bbox")
     assert head == [*("arm", "AP", "APs", "gap closed, %"), *head[4:]]
     assert student[:4] == ["student", "11.0 ± 1.2", "–", "–"]
-    assert distil[3:] == ["25", "10.0 12.0", "600", "2.5"]
+    assert head[-4:] == ["factor", "iterations", "minutes each", "step time"]
+    assert distil[3:] == ["25", "10.0 12.0", "0.5", "600", "2.5", "1.60"]
+    assert student[5:] == ["–", "600", "2.5", "1.00"]
     assert [line[0] for line in summary_table(study()["arms"], "segm")] == ["arm", "distil"]
-    assert "gap closed, %" not in summary_table([row("student", bbox=SPREAD)], "bbox")[0]
+    (alone,) = {tuple(summary_table([row(x, bbox=SPREAD)], "bbox")[0]) for x in ("inherit", "PKD")}
+    assert not {"gap closed, %", "factor", "step time"} & set(alone)
+    unknown = summary_table(
+        [row("student", bbox=SPREAD), row("PKD", None, None, bbox=SPREAD)], "bbox"
+    )
+    assert unknown[2][-1] == "–"  # nothing says how long its steps take
+
+
+def test_factors_of_seeds():
+    assert each([0.5, 0.5]) == "0.5" and each([0.31, 0.31, 0.29]) == "0.31 0.31 0.29"
+    assert each([]) == "–" and each([2e-05]) == "2e-05"
 
 
 def test_change_table():
@@ -55,17 +80,48 @@ def test_change_table():
     ]
 
 
+def test_comparison_table():
+    undefined = change("a", "b") | dict.fromkeys(
+        ("difference", "low", "high", "p", "corrected"), float("nan")
+    )
+    rows = [change("a", "b", corrected=0.12), change("c", "b", p=0.01), undefined]
+    assert comparison_table(rows)[1:] == [
+        ["a", "b", "+3.50", "-0.25 … +7.00", "0.040", "0.120", "not told apart"],
+        ["c", "b", "+3.50", "-0.25 … +7.00", "0.010", "0.010", "ahead"],
+        ["a", "b", "–", "– … –", "–", "–", "–"],
+    ]
+
+
+def test_ranked_table_says_what_is_told_apart_and_no_more():
+    arms = [row(arm, bbox={"mean": ap, "sd": None}) for arm, ap in (("b", 3), ("a", 9), ("d", 0))]
+    arms += [row("teacher", bbox=SPREAD), row("c", bbox=NOTHING), row("e", segm=SPREAD)]
+    compared = [
+        change("a", "b", corrected=0.2),
+        change("d", "b", p=0.01, difference=-3.0),
+        change("a", "d", corrected=0.05),
+    ]
+    assert ranked_table(arms, compared, "bbox") == [
+        ["arm", "AP", "against b", "against d"],
+        ["a", "9.0", "+3.5 not told apart", "+3.5 ahead"],
+        ["b", "3.0", "", ""],
+        ["d", "0.0", "-3.0 behind", ""],
+    ]
+
+
 def test_sections_tell_all_and_name_what_is_missing(tmp_path):
     changes = {"bbox": [change("a", "b"), change("a", "b", "cat"), change("c", "b")]}
     pictures = {"Losses": tmp_path / "losses.png"}
     found = sections(study(changes=changes, missing=["FAILED: x"]), pictures)
     assert [section.title for section in found] == [
-        *("Study", "Missing", "AP, boxes", "AP, masks"),
-        *("a against b, boxes", "c against b, boxes", "Losses"),
+        *("Study", "Missing", "AP, boxes", "AP, masks", "Ranked by AP, boxes"),
+        *("Comparisons of all classes, boxes", "a against b, boxes", "Losses"),
     ]
     assert found[1].text == ["FAILED: x"]
-    assert len(found[4].table) == 3 and found[4].text == ["a test", "Mean over seeds 0, 1."]
-    assert found[5].text == ["Mean over seeds 0, 1."]  # the test is explained once
+    assert found[5].text == ["a test"] and len(found[5].table) == 3
+    assert len(found[6].table) == 3 and found[6].text[0].startswith("Mean over seeds 0, 1.")
+    both = sections(study(changes={"bbox": [change("a", "b")], "segm": [change("a", "b")]}), {})
+    told = [section.text for section in both if section.title.startswith("Comparisons")]
+    assert told == [["a test"], ()]  # the test is explained once
     assert "Missing" not in [section.title for section in sections(study(), {})]
 
 

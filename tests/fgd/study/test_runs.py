@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fgd.study.arms import plan, study_config
+from fgd.study.arms import study_config
+from fgd.study.plan import plan
 from fgd.study.runs import Runner, gpus
 
 from .finished import finish
@@ -110,6 +111,14 @@ def test_the_long_student_is_trained_for_the_measured_time(tmp_path):
     command = Runner.command(runner, runner.runs[-1])
     assert command[command.index("SOLVER.MAX_ITER") + 1] == "960"
     assert command[command.index("MODEL.META_ARCHITECTURE") + 1] == "RetinaNet"
+
+
+def test_arms_of_methods_measure_their_factor(tmp_path):
+    runner = make(tmp_path, ["FGD", "distil"])
+    commands = {run.arm: Runner.command(runner, run) for run in runner.runs}
+    assert [arm for arm, words in commands.items() if "--balance" in words] == ["FGD"]
+    assert commands["FGD"].index("--balance") < commands["FGD"].index("--config-file")
+    assert all("--resume" in words for words in commands.values())
 
 
 def test_gpus_are_shared_out(tmp_path):

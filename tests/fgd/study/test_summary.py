@@ -4,10 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgd.config import load_config
 from fgd.errors import UserError
-from fgd.study.arms import plan, study_config
+from fgd.study.arms import study_config
 from fgd.study.bootstrap import ALL
-from fgd.study.summary import changes, gap_closed, pairs, spread, summarize
+from fgd.study.plan import plan
+from fgd.study.summary import changes, gap_closed, spread, summarize
 
 from .finished import finish
 
@@ -26,6 +28,7 @@ def test_mean_and_deviation_over_seeds(tmp_path):
     assert student["bbox"]["AP-disc"]["mean"] == 23
     assert student["bbox"]["APs"] == {"each": [None, None], "mean": None, "sd": None}
     assert teacher["bbox"]["AP"]["sd"] is None
+    assert student["seconds"] == 0.5 and student["factors"] == []  # no config.yaml says them
     assert distilled["bbox"]["gap closed"] == pytest.approx(100 * 10 / 28)
     assert teacher["bbox"]["gap closed"] is student["bbox"]["gap closed"] is None
 
@@ -44,17 +47,15 @@ def test_gap():
     assert spread([1.0])["sd"] is None
 
 
-def test_arms_are_compared_with_what_they_are_a_change_of():
-    arms = ["teacher", "student", "inherit", "inherit+distil", "student-long", "no-relation"]
-    assert pairs(arms, "inherit+distil") == [
-        ("inherit", "student"),
-        ("inherit+distil", "student"),
-        ("student-long", "student"),
-        ("no-relation", "student"),
-        ("inherit+distil", "student-long"),
-        ("no-relation", "inherit+distil"),
-    ]
-    assert pairs(["teacher", "distil"], "distil") == []
+def test_the_factor_of_each_run_is_what_its_config_says(tmp_path):
+    runs = plan(CONFIG, "t.yaml", ["student", "FGD"], [0, 1], tmp_path, {})
+    for run, factor in zip(runs, (1.0, 1.0, 1.0, 0.25, 0.5), strict=True):
+        finish(run)
+        opts = [word for pair in run.opts.items() for word in pair]
+        cfg = load_config(CONFIG if run.arm != "teacher" else "", opts)
+        cfg.MODEL.DISTILLER.FACTOR = factor
+        (run.folder / "config.yaml").write_text(cfg.dump())
+    assert [row["factors"] for row in summarize(runs)] == [[], [], [0.25, 0.5]]
 
 
 @pytest.fixture
@@ -84,12 +85,13 @@ def evaluated(tmp_path):
 
 def test_changes_come_from_the_saved_detections(evaluated):
     runs, cfg = evaluated
-    (rows,) = changes(runs, "inherit+distil", cfg, 200).values()
+    (rows,) = changes(runs, cfg, 200).values()
     (pair,) = [(r["arm"], r["against"], r["class"]) for r in rows]  # one class is all of them
+    assert rows[0]["corrected"] == rows[0]["p"]  # the only comparison
     assert pair == ("inherit+distil", "student", ALL)
     assert rows[0]["difference"] == pytest.approx(100 * 70 / 101)
     assert 20 < rows[0]["low"] < rows[0]["high"] <= 100 and rows[0]["p"] < 0.02
-    assert changes(runs, "inherit+distil", cfg, 200)["bbox"] == rows  # the same draws
+    assert changes(runs, cfg, 200)["bbox"] == rows  # the same draws
 
 
 def test_detections_of_another_evaluation_are_refused(evaluated):
@@ -97,13 +99,13 @@ def test_detections_of_another_evaluation_are_refused(evaluated):
     path = runs[1].folder / "inference" / "coco_instances_results.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:2]))
     with pytest.raises(UserError, match="student, seed 0: .* but the saved detections give 20.79"):
-        changes(runs, "inherit+distil", cfg, 10)
+        changes(runs, cfg, 10)
     path.unlink()
     with pytest.raises(UserError, match="coco_instances_results.json is missing"):
-        changes(runs, "inherit+distil", cfg, 10)
+        changes(runs, cfg, 10)
 
 
 def test_one_arm_alone_is_compared_with_nothing(evaluated):
     runs, cfg = evaluated
-    assert changes(runs[:2], "inherit+distil", cfg, 10) == {}
+    assert changes(runs[:2], cfg, 10) == {}
     assert np.isfinite(summarize(runs)[0]["bbox"]["AP"]["mean"])

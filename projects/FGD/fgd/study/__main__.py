@@ -8,10 +8,14 @@ trains the teacher once, then every arm with every seed, and writes study.md, st
 study.json. Runs that are finished are not repeated, interrupted ones are resumed: call it again
 after any stop.
 
-Arms: student (alone), inherit (starts from the teacher's neck and head), distil, inherit+distil;
+Arms: student (alone); inherit (starts from the teacher's neck and head); distil and inherit+distil
+(the config's method); METHOD and inherit+METHOD (any other method or sum, such as PKD or FGD+NKD);
 student-long (alone, for the wall time that distillation took in this study); and ablations that
 switch off one term of the config's method (of FGD no-foreground, no-background, no-attention or
 no-relation) or all but one (only-foreground ...).
+
+An arm that names a method measures MODEL.DISTILLER.FACTOR at the start of each run, as --balance of
+train_net.py does, unless --factor gives one or MODEL.DISTILLER.FACTOR is among the options.
 
 Exit codes: 0 done, 2 usage, config, path or data, 75 stopped by a signal; otherwise that of the
 first run that failed. The others go on, and the pages then say which is missing.
@@ -23,18 +27,20 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import torch
-from detectron2 import __version__ as detectron2_version
 from detectron2.config import CfgNode
 
 from ..distillation.config import teacher_name
 from ..errors import UserError
 from . import budget
-from .arms import ARMS, LONG, Run, main_arm, plan, study_config
+from .arms import ARMS, LONG, main_arms, study_config
+from .comparisons import number_of_tests
 from .earlier import check_finished
+from .factors import given_factors
+from .facts import facts, how_tested
 from .files import is_finished, write_json, write_text
 from .page import html_page, markdown
 from .pictures import draw
+from .plan import Run, plan
 from .report import sections
 from .runs import Failure, Runner, gpus
 from .summary import changes, summarize
@@ -56,7 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
         "is used and evaluated",
     )
     parser.add_argument(
-        "--arms", default="student,inherit+distil", help=f"{', '.join(ARMS)}, no-TERM, only-TERM"
+        "--arms",
+        default="student,inherit+distil",
+        help=f"{', '.join(ARMS)}, METHOD, inherit+METHOD, no-TERM, only-TERM",
+    )
+    parser.add_argument(
+        "--factor",
+        default="",
+        metavar="NAME=NUMBER,...",
+        help="MODEL.DISTILLER.FACTOR of arms that name a method, by method or arm, for example "
+        "PKD=0.5,inherit+MGD=1; without one it is measured",
     )
     parser.add_argument("--seeds", default="0", help="for example 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
@@ -91,7 +106,8 @@ def _study(args: argparse.Namespace) -> int:
     opts = _options(args.opts)
     arms = args.arms.split(",")
     cfg = study_config(args.config_file, opts)
-    runs = plan(args.config_file, args.teacher, arms, _seeds(args.seeds), args.output, opts)
+    seeds, factors = _seeds(args.seeds), given_factors(args.factor, arms, opts)
+    runs = plan(args.config_file, args.teacher, arms, seeds, args.output, opts, factors)
     check_finished(runs)
     failures: List[Failure] = []
     if not args.report:
@@ -110,7 +126,8 @@ def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] 
     """Write study.json, study.md, study.html and their pictures; print the tables."""
     output = args.output
     study = collect(args, runs, cfg, failures)
-    pictures, not_drawn = draw(runs, study["arms"], main_arm(cfg), output)
+    shown = main_arms(args.arms.split(","), cfg)
+    pictures, not_drawn = draw(runs, study["arms"], shown, output)
     study["missing"] += not_drawn
     write_json(output / "study.json", study)
     found = sections(study, pictures)
@@ -128,47 +145,18 @@ def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]
     if any(run.arm == LONG and is_finished(run) for run in runs):
         measured = budget.long_budget(runs, cfg, args.output)
     try:
-        changed = changes(runs, main_arm(cfg), cfg, args.resamples)
+        changed = changes(runs, cfg, args.resamples)
     except UserError as error:
         missing.append(f"Changes between arms are not tested: {error}")
+    rows = summarize(runs)
     return {
-        "facts": _facts(args, cfg, measured),
+        "facts": facts(args, runs, rows, cfg, measured),
         "missing": missing,
-        "arms": summarize(runs),
+        "arms": rows,
         "budget": measured,
         "changes": changed,
-        "test": _test_text(args.resamples),
+        "test": how_tested(args.resamples, number_of_tests(changed)),
     }
-
-
-def _facts(args, cfg: CfgNode, measured: Optional[dict]) -> List[str]:
-    teacher = args.teacher or teacher_name(cfg) or "none"
-    lines = [
-        f"{args.config_file}; teacher {teacher}; seeds {args.seeds}"
-        + (f"; {' '.join(args.opts)}" if args.opts else "")
-        + ".",
-        f"All arms have the data, the schedule ({cfg.SOLVER.MAX_ITER} iterations of "
-        f"{cfg.SOLVER.IMS_PER_BATCH} images) and the seeds in common.",
-    ]
-    if measured:
-        seconds = ", ".join(f"{arm} {s:.3f} s" for arm, s in measured["seconds"].items())
-        lines.append(
-            f"{LONG}: {measured['iterations']} iterations, as many as fit into the time of "
-            f"{measured['arm']}: its steps took {measured['ratio']:.2f} times as long (median per "
-            f"iteration: {seconds}); warm-up and steps of the schedule are stretched alike. The "
-            "teacher's own training is not in that time."
-        )
-    versions = f"PyTorch {torch.__version__}, Detectron2 {detectron2_version}"
-    return [*lines, f"{versions}, {cfg.MODEL.DEVICE}."]
-
-
-def _test_text(resamples: int) -> List[str]:
-    return [
-        f"Paired bootstrap over the test images: both arms on the same {resamples} resampled sets. "
-        "It covers which images are tested, not which seeds were trained: their spread is the ± "
-        "above. p is two-sided, at least "
-        f"{2 / (1 + resamples):.3f}, and not corrected for the number of rows."
-    ]
 
 
 def _options(words: Sequence[str]) -> Dict[str, str]:

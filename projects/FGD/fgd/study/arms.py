@@ -1,16 +1,18 @@
-"""The arms of a study: what each changes in the distillation config, and the runs that follow."""
+"""The arms of a study: their names, and what each changes in the distillation config."""
 
-from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
-from ..config import load_config
-from ..distillation.config import needs_teacher
+from ..config import META_ARCHITECTURE, load_config
+from ..distillation.config import asked_for
 from ..errors import UserError
-from ..methods.method import chosen_methods, weight_key
+from ..methods.method import METHOD_REGISTRY, chosen_methods, weight_key
 
 TEACHER, STUDENT, LONG = "teacher", "student", "student-long"
+STAGES, SINGLE = "stages", "single-long"  # several teachers in a row; see `stages`
+REFERENCE = "FGD"  # the method that others are compared with
+_INHERIT = "inherit+"
 
 # All else is the same, the schedule above all; LONG's own is in `budget`.
 ARMS: Dict[str, Dict[str, str]] = {
@@ -20,21 +22,6 @@ ARMS: Dict[str, Dict[str, str]] = {
     "inherit+distil": {"MODEL.DISTILLER.INHERIT": "True"},
     LONG: {},
 }
-
-
-class Run(NamedTuple):
-    """One training: an arm with a seed, in a folder of its own."""
-
-    arm: str
-    seed: int
-    config_file: str
-    folder: Path
-    opts: Dict[str, str]
-    needs: Tuple[str, ...] = ()  # arms whose runs come first
-    eval_only: bool = False  # of a teacher that is there already
-
-    def __str__(self) -> str:
-        return self.arm if self.arm == TEACHER else f"{self.arm}, seed {self.seed}"
 
 
 def study_config(config_file: str, opts: Dict[str, str]) -> CfgNode:
@@ -54,15 +41,54 @@ def main_arm(cfg: CfgNode) -> str:
     return "inherit+distil" if cfg.MODEL.DISTILLER.INHERIT else "distil"
 
 
+def method_of(arm: str) -> str:
+    """MODEL.DISTILLER.METHOD of an arm that names it, METHOD or inherit+METHOD; "" of others."""
+    method = arm.removeprefix(_INHERIT)
+    known = all(name in METHOD_REGISTRY for name in method.split("+"))
+    return method if known and arm not in ARMS else ""
+
+
+def method_arms(arms: Sequence[str]) -> List[str]:
+    """Those that name a method."""
+    return [arm for arm in arms if method_of(arm)]
+
+
+def main_arms(arms: Sequence[str], cfg: CfgNode) -> List[str]:
+    """The arms that a study is about: the config as it stands, or without it those of methods."""
+    main = main_arm(cfg)
+    return [main] if main in arms else method_arms(arms)
+
+
+def reference_arm(arm: str, arms: Sequence[str], cfg: CfgNode) -> Optional[str]:
+    """The arm of `REFERENCE` to compare another method's with; None if there is none.
+
+    One that inherits if the arm does, and otherwise not, if the study has it.
+    """
+    methods = {name: method_of(name) for name in arms}
+    for name in ("distil", "inherit+distil"):  # they count where no arm names the method
+        if name in arms:
+            methods[name] = cfg.MODEL.DISTILLER.METHOD
+    if methods.get(arm, "") in ("", REFERENCE):
+        return None
+    found = [name for name, method in methods.items() if method == REFERENCE]
+    same = [x for x in found if x.startswith(_INHERIT) == arm.startswith(_INHERIT)]
+    return min(same or found, key=lambda name: not method_of(name), default=None)
+
+
 def ablations(cfg: CfgNode) -> Dict[str, Dict[str, str]]:
     """Arms that switch off one term of the config's method, no-TERM, or all but one, only-TERM.
 
-    Whether they inherit is left to the config. Terms whose weight is 0 already are none of them,
+    TERM is METHOD.TERM where two methods of a sum have one of that name. Whether they inherit is
+    left to the config. Terms whose weight is 0 already are none of them,
     and one term alone has none.
     """
+    chosen = chosen_methods(cfg)
+    terms = [term for method in chosen for term in method.terms]
     keys = {
-        term: f"MODEL.DISTILLER.{method.__name__.upper()}.{weight_key(term)}"
-        for method in chosen_methods(cfg)
+        term if terms.count(term) == 1 else f"{method.__name__}.{term}": (
+            f"MODEL.DISTILLER.{method.__name__.upper()}.{weight_key(term)}"
+        )
+        for method in chosen
         for term in method.terms
         if method.node(cfg)[weight_key(term)]
     }
@@ -81,97 +107,53 @@ def is_ablation(arm: str) -> bool:
     return arm.startswith(("no-", "only-"))
 
 
+def changes_of(arm: str, cfg: CfgNode) -> Dict[str, str]:
+    """The options in which a known arm differs from the config."""
+    method = method_of(arm)
+    if method:
+        inherit = str(arm.startswith(_INHERIT))
+        return {"MODEL.DISTILLER.METHOD": method, "MODEL.DISTILLER.INHERIT": inherit}
+    return {**ARMS, **ablations(cfg)}[arm]
+
+
 def check_arms(arms: Sequence[str], cfg: CfgNode) -> None:
     """Refuse arms that cannot be run.
 
     Raises:
-        UserError: an unknown arm; one twice; `LONG` without the two arms whose time it needs.
+        UserError: the config distils nothing; an unknown arm; one twice; inheriting for a method
+            without a teacher; `LONG` without the arms whose time it needs.
     """
-    known = [*ARMS, *ablations(cfg)]
-    unknown = [arm for arm in arms if arm not in known]
+    found = cfg.MODEL.META_ARCHITECTURE
+    if found != META_ARCHITECTURE:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE: {found}, but a study needs the config of a distilled "
+            f"student, {META_ARCHITECTURE}"
+        )
+    known = [*ARMS, STAGES, SINGLE, *ablations(cfg)]
+    unknown = [arm for arm in arms if arm not in known and not method_of(arm)]
     if unknown:
-        raise UserError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(known)}")
+        methods = ", ".join(name for name, _ in METHOD_REGISTRY)
+        raise UserError(
+            f"--arms: {', '.join(unknown)} unknown; there are {', '.join(known)}, and METHOD and "
+            f"inherit+METHOD for each of {methods} and their sums, such as A+B"
+        )
     if len(set(arms)) < len(arms):
         raise UserError(f"--arms: {','.join(arms)} names an arm twice")
-    main = main_arm(cfg)
-    missing = [arm for arm in (STUDENT, main) if LONG in arms and arm not in arms]
-    if missing:
+    for arm in method_arms(arms):
+        _check_inheriting(arm, cfg)
+    timed = main_arms(arms, cfg)
+    missing = [STUDENT] * (STUDENT not in arms) + [main_arm(cfg)] * (not timed)
+    if LONG in arms and missing:
+        whose = ", ".join(timed) or f"{main_arm(cfg)}, or an arm of a method,"
         raise UserError(
-            f"--arms: {LONG} trains for the time that {main} takes, so add {' and '.join(missing)}"
+            f"--arms: {LONG} trains for the time that {whose} takes, so add {' and '.join(missing)}"
         )
 
 
-def plan(
-    config_file: str, teacher: str, arms: Sequence[str], seeds: Sequence[int], output: Path, opts
-) -> List[Run]:
-    """The runs of a study, in the order in which they are best started.
-
-    Args:
-        teacher: config of a teacher to train first; "" = MODEL.DISTILLER.TEACHER.WEIGHTS is used,
-            and evaluated to know the gap that a student can close. A network of timm detects
-            nothing: it is not evaluated, and no gap is known. Methods without a teacher need none.
-    Raises:
-        UserError: see `check_arms`; or there is no teacher, and an arm needs one; or one of timm
-            cannot be it.
-    """
-    cfg = study_config(config_file, opts)
-    check_arms(arms, cfg)
-    timm = cfg.MODEL.DISTILLER.TEACHER.TIMM
-    if timm:
-        _check_timm_teacher(timm, teacher, arms)
-    weights = str(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
-    folder = output / TEACHER
-    changes = {**ARMS, **ablations(cfg)}
-    taught = [arm for arm in arms if _is_taught(arm, cfg, changes[arm])]
-    runs: List[Run] = []
-    if teacher:
-        weights = str(folder / "model_final.pth")
-        runs.append(Run(TEACHER, 0, teacher, folder, _data_options(opts)))
-    elif weights and not timm:
-        config = str(folder / "evaluated.yaml")  # written when the run starts
-        runs.append(Run(TEACHER, 0, config, folder, {"MODEL.WEIGHTS": weights}, eval_only=True))
-    elif taught and not timm:
+def _check_inheriting(arm: str, cfg: CfgNode) -> None:
+    cfg, method = cfg.clone(), method_of(arm)
+    cfg.MODEL.DISTILLER.METHOD = method
+    if arm.startswith(_INHERIT) and "teacher" not in asked_for(cfg):
         raise UserError(
-            f"no teacher for {', '.join(taught)}: give --teacher CONFIG, or "
-            "MODEL.DISTILLER.TEACHER.WEIGHTS"
+            f"--arms: {arm}: {method} has no teacher to inherit from; the arm {method} is all of it"
         )
-    for seed in seeds:
-        for arm in arms:
-            own, needs = {**opts, **changes[arm]}, ()
-            if arm in (STUDENT, LONG):
-                own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
-                needs = (STUDENT, main_arm(cfg)) if arm == LONG else ()
-            elif arm in taught:
-                own["MODEL.DISTILLER.TEACHER.WEIGHTS"] = weights
-                needs = (TEACHER,) if teacher else ()
-            runs.append(Run(arm, seed, config_file, output / f"{arm}_{seed}", own, needs))
-    order = {TEACHER: 0, STUDENT: 1, LONG: 3}
-    return sorted(runs, key=lambda run: order.get(run.arm, 2))
-
-
-def _is_taught(arm: str, cfg: CfgNode, changes: Dict[str, str]) -> bool:
-    """Whether an arm needs a teacher."""
-    if arm in (STUDENT, LONG):
-        return False
-    own = cfg.clone()
-    own.defrost()
-    own.merge_from_list([word for pair in changes.items() for word in pair])
-    return needs_teacher(own)
-
-
-def _check_timm_teacher(timm: str, teacher: str, arms: Sequence[str]) -> None:
-    key = f"MODEL.DISTILLER.TEACHER.TIMM {timm}"
-    if teacher:
-        raise UserError(f"--teacher {teacher} and {key} are two teachers; leave one out")
-    inheriting = [arm for arm in arms if arm.startswith("inherit")]
-    if inheriting:
-        raise UserError(
-            f"--arms: {', '.join(inheriting)}: {key} has no neck and no head to inherit; take "
-            "student,distil"
-        )
-
-
-def _data_options(opts: Dict[str, str]) -> Dict[str, str]:
-    """Of the study's options the teacher takes those that say what the data is, and the device."""
-    kept = ("DATASETS.", "INPUT.", "MODEL.DEVICE")
-    return {k: v for k, v in opts.items() if k.startswith(kept) and "TRAIN_LIMIT" not in k}

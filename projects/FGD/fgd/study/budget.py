@@ -10,8 +10,9 @@ from detectron2.config import CfgNode
 
 from ..errors import UserError
 from ..visualize import read_metrics
-from .arms import LONG, STUDENT, Run, main_arm
+from .arms import LONG, STUDENT, main_arms
 from .files import write_json
+from .plan import Run
 
 FILE = f"{LONG}.json"
 
@@ -34,10 +35,12 @@ def step_seconds(folders: Sequence[Path]) -> float:
 def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
     """Ratio, iterations and what they come from; measured once, then kept in ``output``/`FILE`.
 
-    Kept, because all seeds must have one schedule, those that are added another day too.
+    It is the time of the main arm, or without it of the slowest arm of a method: then no method
+    had more time than the student. Kept, because all seeds must have one schedule, those that are
+    added another day too.
 
     Returns:
-        {"arm", "seconds": {arm: s}, "ratio", "iterations", "scheduled"}.
+        {"arm": whose time it is, "seconds": {arm: s}, "ratio", "iterations", "scheduled"}.
     Raises:
         UserError: no run of one of the arms has finished; or the schedule is not that of the file.
     """
@@ -50,17 +53,14 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
                 f"{scheduled}; use another --output"
             )
         return budget
-    seconds = {}
-    for arm in (STUDENT, main_arm(cfg)):
-        done = [r.folder for r in runs if r.arm == arm and (r.folder / "results.json").exists()]
-        seconds[arm] = step_seconds(done)
-        if math.isnan(seconds[arm]):
-            raise UserError(f"no finished run of {arm} says how long a step takes")
+    timed = main_arms(list(dict.fromkeys(run.arm for run in runs)), cfg)
+    seconds = {arm: _seconds_of(arm, runs) for arm in (STUDENT, *timed)}
+    slowest = max(timed, key=seconds.get)
     # A student is never trained for less than the others, should distillation cost nothing.
-    ratio = max(1.0, seconds[main_arm(cfg)] / seconds[STUDENT])
+    ratio = max(1.0, seconds[slowest] / seconds[STUDENT])
     iterations = math.ceil(scheduled * ratio)
     budget = {
-        "arm": main_arm(cfg),
+        "arm": slowest,
         "seconds": seconds,
         "ratio": ratio,
         "iterations": iterations,
@@ -70,12 +70,25 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
     return budget
 
 
+def _seconds_of(arm: str, runs: Sequence[Run]) -> float:
+    done = [r.folder for r in runs if r.arm == arm and (r.folder / "results.json").exists()]
+    seconds = step_seconds(done)
+    if math.isnan(seconds):
+        raise UserError(f"no finished run of {arm} says how long a step takes")
+    return seconds
+
+
 def long_schedule(budget: dict, cfg: CfgNode) -> Dict[str, str]:
+    """Options that train for the budget's iterations."""
+    return stretched(cfg, budget["iterations"])
+
+
+def stretched(cfg: CfgNode, iterations: int) -> Dict[str, str]:
     """Options that stretch the whole schedule: warm-up, steps and phases keep their share of it."""
-    stretch = budget["iterations"] / budget["scheduled"]
+    stretch = iterations / cfg.SOLVER.MAX_ITER
     steps = tuple(round(step * stretch) for step in cfg.SOLVER.STEPS)
     options = {
-        "SOLVER.MAX_ITER": str(budget["iterations"]),
+        "SOLVER.MAX_ITER": str(iterations),
         "SOLVER.WARMUP_ITERS": str(round(cfg.SOLVER.WARMUP_ITERS * stretch)),
         "SOLVER.STEPS": str(steps),
     }

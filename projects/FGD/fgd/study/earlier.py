@@ -6,8 +6,10 @@ from detectron2.config import CfgNode
 
 from ..config import load_config, load_config_text
 from ..errors import UserError
-from .arms import LONG, Run
+from .arms import LONG
+from .factors import KEY
 from .files import is_finished
+from .plan import Run
 
 # What leaves the results of a run as they are, and names of places: a study and its data may be
 # moved. Other test data is found out when detections are compared with results (`summary`).
@@ -42,6 +44,8 @@ def check_finished(runs: Sequence[Run]) -> None:
         changes = _differences(load_config(str(stored)), now)
         if run.arm == LONG:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
+        if run.balance:  # it has what was measured then
+            changes.pop(KEY, None)
         if changes:
             raise UserError(
                 f"{run}: finished in {run.folder} with another config "

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
+from ..config import META_ARCHITECTURE
 from ..files import atomic_write
-from .arms import Run
+from ..yaml_config import leaves, parse_yaml
+from .plan import Run
 
 RESULTS, MINUTES, CONSOLE = "results.json", "minutes.json", "console.txt"
 
@@ -33,3 +35,14 @@ def read_minutes(run: Run) -> Optional[float]:
 def read_result(run: Run) -> dict:
     """results.json of a finished run: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
     return json.loads((run.folder / RESULTS).read_text())
+
+
+def read_factor(run: Run) -> Optional[float]:
+    """MODEL.DISTILLER.FACTOR that a run was trained with; None if it has no distillation."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return None
+    keys = dict(leaves(parse_yaml(path.read_text(), str(path))))
+    distilled = keys.get("MODEL.META_ARCHITECTURE") == META_ARCHITECTURE
+    distilled = distilled and keys.get("MODEL.DISTILLER.METHOD")
+    return float(keys["MODEL.DISTILLER.FACTOR"]) if distilled else None

@@ -12,19 +12,21 @@ from ..data.datasets import register_from_config
 from ..errors import UserError
 from ..visualize import loss_figure, picture_figure, record_pictures, rgb_pixels
 from ..visualize.run import load_inputs, open_run
-from .arms import TEACHER, Run
+from .arms import TEACHER
 from .files import is_finished
+from .plan import Run
 
 _DPI = 110
 
 
 def draw(
-    runs: Sequence[Run], rows: Sequence[dict], main: str, output: Path, images: int = 2
+    runs: Sequence[Run], rows: Sequence[dict], shown: Sequence[str], output: Path, images: int = 2
 ) -> Tuple[Dict[str, Path], List[str]]:
     """Caption → PNG in ``output``, of what has finished; and sentences on what could not be drawn.
 
     Args:
-        rows: of `summarize`. main: the arm whose maps are shown, on so many test images.
+        rows: of `summarize`. shown: arms, of the first one that is there maps are shown, on so
+            many test images.
     """
     done = [run for run in runs if is_finished(run)]
     found = {"AP of each seed, boxes": _save(ap_figure(rows), output / "ap.png")}
@@ -38,7 +40,7 @@ def draw(
         caption = f"Losses over the iterations, seed {first}"
         figure = loss_figure(curves, ("total_loss", "loss_", "distill/"))
         found[caption] = _save(figure, output / "losses.png")
-    distilled = [run for run in done if run.arm == main]
+    distilled = [run for arm in shown for run in done if run.arm == arm]
     try:
         for i, figure in enumerate(distilled_maps(distilled[0], images) if distilled else (), 1):
             caption = f"Distilled maps of a test image ({distilled[0]}), {i} of {images}"
@@ -72,7 +74,7 @@ def distilled_maps(run: Run, images: int) -> List[Figure]:
     Raises:
         UserError: checkpoint or teacher are not those of the run, or are gone.
     """
-    teacher = run.opts.get("MODEL.DISTILLER.TEACHER.WEIGHTS", "")
+    teacher = run.opts.get("MODEL.DISTILLER.TEACHER.WEIGHTS", "")  # not all methods need one
     distiller, cfg = open_run(str(run.folder / "model_final.pth"), teacher)
     options = [word for pair in run.opts.items() for word in pair]  # the data may have moved
     cfg.DATASETS = load_config(run.config_file, options).DATASETS

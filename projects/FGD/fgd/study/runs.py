@@ -14,8 +14,9 @@ from detectron2.config import CfgNode
 from ..distillation.teacher import teacher_config
 from ..errors import UserError
 from . import budget
-from .arms import LONG, TEACHER, Run
+from .arms import LONG, TEACHER
 from .files import CONSOLE, MINUTES, is_finished, read_minutes, read_result, write_json, write_text
+from .plan import Run
 
 _POLL = 0.1  # seconds
 _STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # by a signal; nothing is wrong
@@ -100,7 +101,8 @@ class Runner:
         return self.failures
 
     def _start_ready(self) -> None:
-        busy = {r.arm for r in self.waiting} | {job.run.arm for job in self.running}
+        left = [*self.waiting, *(job.run for job in self.running)]
+        busy = {name for run in left for name in (run.arm, str(run))}
         for run in list(self.waiting):
             if len(self.running) == self.jobs:
                 return
@@ -113,9 +115,11 @@ class Runner:
                 self._fail(Failure(run, str(error), UserError.exit_code))
 
     def _start(self, run: Run) -> Job:
-        lost = [f for f in self.failures if f.run.arm == TEACHER and TEACHER in run.needs]
-        if lost:
+        lost = [str(f.run) for f in self.failures if str(f.run) in run.needs]
+        if TEACHER in lost:
             raise UserError("not started, there is no teacher")
+        if lost:
+            raise UserError(f"not started, {lost[0]} has no results")
         command = self.command(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -154,7 +158,7 @@ class Runner:
             write_text(Path(run.config_file), _evaluated_config(self.cfg))
             words.append("--eval-only")
         else:
-            words.append("--resume")
+            words += ["--resume", *(["--balance"] if run.balance else [])]
         words += ["--config-file", run.config_file]
         return words + [word for pair in options.items() for word in pair]
 

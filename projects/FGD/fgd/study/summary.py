@@ -1,19 +1,23 @@
 """The figures of a study: AP of every arm over its seeds, and the changes between arms."""
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..data.datasets import coco_ground_truth, register_from_config
 from ..errors import UserError
-from .arms import LONG, STUDENT, TEACHER, Run, is_ablation
+from .arms import STUDENT, TEACHER
 from .bootstrap import ALL, compare, replicates, resampled_sets
-from .files import is_finished, read_minutes, read_result
+from .budget import step_seconds
+from .comparisons import correct, pairs
+from .files import is_finished, read_factor, read_minutes, read_result
 from .matches import index_truth, match
+from .plan import Run
 from .runs import kinds
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -40,7 +44,8 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
     """One row per arm that has finished runs, in the order of ``runs``.
 
     Returns:
-        {"arm", "seeds", "iterations", "minutes": mean or None, and per kind ("bbox", "segm"):
+        {"arm", "seeds", "iterations", "minutes": mean or None, "seconds": of a step or None,
+        "factors": MODEL.DISTILLER.FACTOR of each seed or [], and per kind ("bbox", "segm"):
         {metric: `spread`, "gap closed": percent or None}}; metrics include "AP-<class>".
     """
     rows = []
@@ -50,11 +55,14 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
             continue
         results = [read_result(run) for run in done]
         minutes = [m for m in map(read_minutes, done) if m is not None]
+        seconds = step_seconds([run.folder for run in done])
         row = {
             "arm": arm,
             "seeds": [run.seed for run in done],
             "iterations": results[0]["iteration"],
             "minutes": statistics.mean(minutes) if minutes else None,
+            "seconds": None if math.isnan(seconds) else seconds,
+            "factors": [f for f in map(read_factor, done) if f is not None],
         }
         for kind in kinds(results[0]):
             names = results[0][kind]
@@ -73,22 +81,14 @@ def _add_gaps(rows: Dict[str, dict]) -> None:
             row[kind]["gap closed"] = gap_closed(*involved) if usable else None
 
 
-def pairs(arms: Sequence[str], main: str) -> List[Tuple[str, str]]:
-    """Which arms are compared: each with the student alone, the main arm with the student that had
-    its time, and each ablation with the main arm."""
-    found = [(arm, STUDENT) for arm in arms if arm not in (STUDENT, TEACHER)]
-    found += [(main, LONG)] + [(arm, main) for arm in arms if is_ablation(arm)]
-    return [(arm, against) for arm, against in found if arm in arms and against in arms]
-
-
-def changes(runs: Sequence[Run], main: str, cfg: CfgNode, resamples: int) -> Dict[str, List[dict]]:
-    """kind → rows of `bootstrap.compare`, from the detections that the runs have saved.
+def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List[dict]]:
+    """kind → rows of `comparisons.correct`, from the detections that the runs have saved.
 
     Raises:
         UserError: detections are missing, or are not those of the run's results.
     """
     done = [run for run in runs if is_finished(run) and run.arm != TEACHER]
-    compared = pairs(list(dict.fromkeys(run.arm for run in done)), main)
+    compared = pairs(list(dict.fromkeys(run.arm for run in done)), cfg)
     wanted = {arm for pair in compared for arm in pair}
     if not compared:
         return {}
@@ -104,7 +104,7 @@ def changes(runs: Sequence[Run], main: str, cfg: CfgNode, resamples: int) -> Dic
                 of_run = replicates(match(truth, detections, kind), sets)
                 _check_same(run, kind, of_run[ALL][0], result[kind]["AP"])
                 found[kind][run.arm, run.seed] = of_run
-    return {kind: compare(of_runs, compared) for kind, of_runs in found.items()}
+    return correct({kind: compare(of_runs, compared) for kind, of_runs in found.items()})
 
 
 def ground_truth(cfg: CfgNode) -> dict:

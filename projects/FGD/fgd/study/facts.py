@@ -1,0 +1,87 @@
+"""Sentences of a study's page: what was compared with what, and how it was tested."""
+
+import math
+from typing import List, Optional, Sequence
+
+import torch
+from detectron2 import __version__ as detectron2_version
+from detectron2.config import CfgNode
+
+from ..distillation.config import teacher_name
+from .arms import LONG, TEACHER
+from .comparisons import LEVEL
+from .plan import Run
+
+
+def facts(args, runs: Sequence[Run], rows: Sequence[dict], cfg: CfgNode, measured) -> List[str]:
+    """What the reader must know of the study.
+
+    Args:
+        rows: of `summarize`. measured: of `long_budget`, or None.
+    """
+    teacher = args.teacher or teacher_name(cfg) or "none"
+    lines = [
+        f"{args.config_file}; teacher {teacher}; seeds {args.seeds}"
+        + (f"; {' '.join(args.opts)}" if args.opts else "")
+        + ".",
+        f"All arms have the data, the schedule ({cfg.SOLVER.MAX_ITER} iterations of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images) and the seeds in common.",
+    ]
+    balanced = dict.fromkeys(run.arm for run in runs if run.balance)
+    if balanced:
+        lines.append(
+            f"MODEL.DISTILLER.FACTOR of {', '.join(balanced)} was measured at the start of each "
+            "run (train_net.py --balance)."
+        )
+    lines += long_facts(measured, rows)
+    return [
+        *lines,
+        f"PyTorch {torch.__version__}, Detectron2 {detectron2_version}, {cfg.MODEL.DEVICE}.",
+    ]
+
+
+def long_facts(measured: Optional[dict], rows: Sequence[dict]) -> List[str]:
+    """Whose time the long student had, and which arm had less or more than it."""
+    if measured is None:
+        return []
+    arm = measured["arm"]
+    seconds = ", ".join(f"{name} {s:.3f} s" for name, s in measured["seconds"].items())
+    lines = [
+        f"{LONG}: {measured['iterations']} iterations, as many as fit into the time of {arm}: its "
+        f"steps took {measured['ratio']:.2f} times as long (median per iteration: {seconds}); "
+        "warm-up and steps of the schedule are stretched alike. The teacher's own training is not "
+        "in that time."
+    ]
+    times = {row["arm"]: row["seconds"] for row in rows if row["seconds"]}
+    others = [name for name in times if name not in (TEACHER, LONG, arm)]
+    if arm in times and others:
+        shares = ", ".join(f"{name} {times[name] / times[arm]:.2f}" for name in others)
+        lines.append(
+            f"Step time of the other arms over that of {arm}: {shares}. Below 1 an arm had less "
+            f"time than {LONG}, above 1 more."
+        )
+    return lines
+
+
+def how_tested(resamples: int, tests: int) -> List[str]:
+    """How changes were tested.
+
+    Args:
+        tests: how many p values are corrected for.
+    """
+    smallest = 2 / (1 + resamples)
+    lines = [
+        f"Paired bootstrap over the test images: both arms on the same {resamples} resampled sets. "
+        "It covers which images are tested, not which seeds were trained: their spread is the ± "
+        f"above. p is two-sided, at least {smallest:.3g}. The corrected p is Holm's over the "
+        f"{tests} comparisons of all classes on this page, boxes and masks together; the p of "
+        "single classes are not corrected."
+    ]
+    if tests * smallest > LEVEL:
+        enough = math.ceil(2 * tests / LEVEL) - 1
+        lines.append(
+            f"With {tests} comparisons the corrected p of {resamples} resampled sets is at least "
+            f"{min(1.0, tests * smallest):.3g}, so nothing can be told apart: use --resamples "
+            f"{enough} or more."
+        )
+    return lines

@@ -1,0 +1,158 @@
+"""The runs of a study: every arm with every seed, and the teacher."""
+
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+
+from detectron2.config import CfgNode
+
+from ..distillation.config import check_distiller, needs_teacher, teacher_name
+from ..errors import UserError
+from .arms import (
+    LONG,
+    STUDENT,
+    TEACHER,
+    changes_of,
+    check_arms,
+    main_arms,
+    method_of,
+    study_config,
+)
+from .factors import KEY, is_measured
+
+
+class Run(NamedTuple):
+    """One training: an arm with a seed, in a folder of its own.
+
+    Attributes:
+        needs: arms whose runs come first, and names of runs without which this one cannot start.
+        eval_only: of a teacher that is there already.
+        balance: measures MODEL.DISTILLER.FACTOR at its start.
+    """
+
+    arm: str
+    seed: int
+    config_file: str
+    folder: Path
+    opts: Dict[str, str]
+    needs: Tuple[str, ...] = ()
+    eval_only: bool = False
+    balance: bool = False
+
+    def __str__(self) -> str:
+        return self.arm if self.arm == TEACHER else f"{self.arm}, seed {self.seed}"
+
+
+class Teacher(NamedTuple):
+    """The study's teacher.
+
+    Attributes:
+        given: whether there is one. weights: its checkpoint; "" of a network of timm.
+        needs: arms whose runs come first. runs: its own.
+    """
+
+    given: bool = False
+    weights: str = ""
+    needs: Tuple[str, ...] = ()
+    runs: Tuple[Run, ...] = ()
+
+
+def plan(
+    config_file: str,
+    teacher: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    opts: Dict[str, str],
+    factors: Mapping[str, float] = {},
+) -> List[Run]:
+    """The runs of a study, in the order in which they are best started.
+
+    Args:
+        teacher: config of a teacher to train first; "" = MODEL.DISTILLER.TEACHER.WEIGHTS is used,
+            and evaluated to know the gap that a student can close. A network of timm detects
+            nothing: it is not evaluated, and no gap is known. Methods without a teacher need none.
+        factors: arm → MODEL.DISTILLER.FACTOR (`given_factors`).
+    Raises:
+        UserError: see `check_arms`; there is no teacher, and an arm needs one; one of timm cannot
+            be it; or the config refuses a method.
+    """
+    cfg = study_config(config_file, opts)
+    check_arms(arms, cfg)
+    _check_timm_teacher(cfg, teacher, arms)
+    teaches = _teacher(teacher, cfg, output, opts)
+    templates = []
+    for arm in arms:
+        own, needs = _options(arm, arms, config_file, opts, teaches, factors)
+        balance = is_measured(arm, factors, opts)
+        templates.append(Run(arm, 0, config_file, output, own, needs, balance=balance))
+    runs = [
+        run._replace(seed=seed, folder=output / f"{run.arm}_{seed}")
+        for seed in seeds
+        for run in templates
+    ]
+    order = {STUDENT: 1, LONG: 3}
+    return [*teaches.runs, *sorted(runs, key=lambda run: order.get(run.arm, 2))]
+
+
+def _teacher(config: str, cfg: CfgNode, output: Path, opts: Mapping[str, str]) -> Teacher:
+    weights, folder = str(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS), output / TEACHER
+    if config:
+        run = Run(TEACHER, 0, config, folder, _data_options(opts))
+        return Teacher(True, str(folder / "model_final.pth"), (TEACHER,), (run,))
+    if not weights or cfg.MODEL.DISTILLER.TEACHER.TIMM:
+        return Teacher(given=bool(teacher_name(cfg)))
+    file = str(folder / "evaluated.yaml")  # written when the run starts
+    run = Run(TEACHER, 0, file, folder, {"MODEL.WEIGHTS": weights}, eval_only=True)
+    return Teacher(True, weights, (), (run,))
+
+
+def _check_timm_teacher(cfg: CfgNode, teacher: str, arms: Sequence[str]) -> None:
+    timm = cfg.MODEL.DISTILLER.TEACHER.TIMM
+    key = f"MODEL.DISTILLER.TEACHER.TIMM {timm}"
+    if timm and teacher:
+        raise UserError(f"--teacher {teacher} and {key} are two teachers; leave one out")
+    inheriting = [arm for arm in arms if arm.startswith("inherit")]
+    if timm and inheriting:
+        raise UserError(
+            f"--arms: {', '.join(inheriting)}: {key} has no neck and no head to inherit; take "
+            "student,distil"
+        )
+
+
+def _options(
+    arm: str,
+    arms: Sequence[str],
+    config_file: str,
+    opts: Mapping[str, str],
+    teacher: Teacher,
+    factors: Mapping[str, float],
+) -> Tuple[Dict[str, str], Tuple[str, ...]]:
+    """The options of an arm, and what its runs need."""
+    cfg = study_config(config_file, opts)
+    own = {**opts, **changes_of(arm, cfg)}
+    if arm in (STUDENT, LONG):
+        own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
+        return own, (STUDENT, *main_arms(arms, cfg)) if arm == LONG else ()
+    if arm in factors:
+        own[KEY] = str(factors[arm])
+    needs: Tuple[str, ...] = ()
+    if needs_teacher(study_config(config_file, own)):
+        if not teacher.given:
+            raise UserError(
+                f"no teacher for {arm}: give --teacher CONFIG, or MODEL.DISTILLER.TEACHER.WEIGHTS"
+            )
+        if teacher.weights:
+            own["MODEL.DISTILLER.TEACHER.WEIGHTS"] = teacher.weights
+        needs = teacher.needs
+    if method_of(arm):
+        try:
+            check_distiller(study_config(config_file, own))
+        except UserError as error:
+            raise UserError(f"{arm}: {error}") from error
+    return own, needs
+
+
+def _data_options(opts: Mapping[str, str]) -> Dict[str, str]:
+    """Of the study's options the teacher takes those that say what the data is, and the device."""
+    kept = ("DATASETS.", "INPUT.", "MODEL.DEVICE")
+    return {k: v for k, v in opts.items() if k.startswith(kept) and "TRAIN_LIMIT" not in k}

@@ -1,0 +1,54 @@
+from argparse import Namespace
+from pathlib import Path
+
+from fgd.study.arms import study_config
+from fgd.study.facts import facts, how_tested, long_facts
+from fgd.study.plan import plan
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
+ROWS = [
+    {"arm": arm, "seconds": seconds}
+    for arm, seconds in (
+        *(("teacher", 2.0), ("student", 0.5), ("FGD", 0.8), ("inherit+FGD", 1.0)),
+        *(("inherit", 1.25), ("student-long", 0.5), ("distil", None)),
+    )
+]
+MEASURED = {
+    "arm": "inherit+FGD",
+    "seconds": {"student": 0.5, "FGD": 0.8, "inherit+FGD": 1.0},
+    "ratio": 2.0,
+    "iterations": 1200,
+}
+
+
+def test_it_says_whose_time_the_long_student_had_and_who_had_less():
+    first, second = long_facts(MEASURED, ROWS)
+    assert "1200 iterations, as many as fit into the time of inherit+FGD" in first
+    assert "steps took 2.00 times as long" in first and "FGD 0.800 s" in first
+    assert "over that of inherit+FGD: student 0.50, FGD 0.80, inherit 1.25." in second
+    assert "Below 1 an arm had less time than student-long, above 1 more." in second
+    assert long_facts(None, ROWS) == []
+    assert len(long_facts(MEASURED, ROWS[:2])) == 1  # nothing is known of its steps any more
+
+
+def test_it_names_the_arms_that_measured_their_factor():
+    args = Namespace(config_file=CONFIG, teacher="t.yaml", seeds="0", opts=[])
+    cfg = study_config(CONFIG, {})
+    for arms, text in (
+        (["FGD", "inherit+FGD"], "FACTOR of FGD, inherit+FGD was"),
+        (["distil"], ""),
+    ):
+        runs = plan(CONFIG, "t.yaml", arms, [0, 1], Path("out"), {})
+        found = " ".join(facts(args, runs, [], cfg, None))
+        assert text in found and ("--balance" in found) == bool(text)
+        assert "600 iterations of 16 images" in found and "teacher t.yaml" in found
+
+
+def test_it_says_when_there_are_too_many_comparisons_to_show_anything():
+    (text,) = how_tested(1000, 25)  # 25 x 2/1001 is just below 0.05
+    assert "over the 25 comparisons of all classes" in text and "at least 0.002." in text
+    assert "p of single classes are not corrected" in text
+    _, warning = how_tested(1000, 26)
+    assert "at least 0.0519" in warning and "--resamples 1039 or more" in warning
+    assert len(how_tested(1039, 26)) == 1 and len(how_tested(1038, 26)) == 2
+    assert "at least 1.000" not in how_tested(1, 1)[1] and "is at least 1," in how_tested(1, 1)[1]
