@@ -167,6 +167,7 @@ def test_parser_has_detectron2s_options_and_real_examples():
         "--overwrite",
         "--doctor",
         "--balance",
+        "--starts-as",
     }
     assert ours - theirs == added and theirs <= ours
     text = parser.format_help()

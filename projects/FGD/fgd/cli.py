@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="without --resume: delete another run's files in OUTPUT_DIR and start anew",
     )
     parser.add_argument(
+        "--starts-as",
+        default="",
+        metavar="RESULTS",
+        help="evaluate what a new run starts from, write OUTPUT_DIR/start.json, and stop unless "
+        "its AP is that of this results.json",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=TIMEOUT,

@@ -17,15 +17,18 @@ from .config import check_config, check_device, load_config, student_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
 from .doctor import command as doctor
+from .engine.evaluation import check_same_ap
 from .engine.run_folder import check_unused, config_kept, newest_checkpoint
 from .engine.trainer import FGDTrainer
 from .errors import UserError
 from .files import atomic_write, check_output_dir
 from .processes.lock import folder_lock
+from .processes.together import on_main_process
 from .visualize.hook import picture_hooks
 from .weights import load_complete
 
 RESULTS = "results.json"
+START = "start.json"  # of --starts-as
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
         UserError: it cannot work here; found before anything is built or written.
     """
     doctor.check_options(args)
+    if args.starts_as and (args.eval_only or args.doctor):
+        raise UserError("--starts-as belongs to a training")
     cfg = load_config(args.config_file, args.opts or ())
     check_device(cfg.MODEL.DEVICE)
     if not args.eval_only:
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             prepared,
             accept,
             resume=args.resume,
+            starts_as=args.starts_as,
             allow_changes=args.allow_config_change,
             overwrite=args.overwrite,
         )
@@ -93,12 +99,18 @@ def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def train(
-    cfg: CfgNode, accept: Callable[[], None] = lambda: None, *, resume: bool = False, **options
+    cfg: CfgNode,
+    accept: Callable[[], None] = lambda: None,
+    *,
+    resume: bool = False,
+    starts_as: str = "",
+    **options,
 ) -> int:
     """Train to SOLVER.MAX_ITER, evaluate and write OUTPUT_DIR/results.json; returns 0.
 
     Args:
         accept: called when nothing stands against the run.
+        starts_as: see `check_start`; "" = no check.
         resume, options: as `FGDTrainer.resume_or_load` takes them.
     """
     trainer = FGDTrainer(cfg, picture_hooks(cfg))
@@ -113,11 +125,27 @@ def train(
         if not final:  # killed just before it, or MAX_ITER was lowered
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
     else:
+        if starts_as and trainer.start_iter == 0:
+            check_start(trainer, starts_as)
         doctor.before_step_one(trainer)
     trainer.train()
     results = trainer.last_results
     write_results(cfg.OUTPUT_DIR, results, max(trainer.start_iter, trainer.max_iter))
     return 0
+
+
+def check_start(trainer: FGDTrainer, path: str) -> None:
+    """--starts-as: evaluate before step one, and write OUTPUT_DIR/start.json as results.json is.
+
+    Args:
+        path: results.json of the run that this one starts from.
+    Raises:
+        UserError: in every process: it cannot be read, or its AP is not that of this start.
+    """
+    found = trainer.test(trainer.cfg, trainer.model)
+    write_results(trainer.cfg.OUTPUT_DIR, found, 0, START)
+    on_main_process(lambda: check_same_ap(_without_nan(found), path))
+    logger.info(f"The run starts with the AP of {path}")
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
@@ -143,7 +171,9 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     return 0
 
 
-def write_results(folder: str, results: dict, iterations: Optional[int]) -> None:
+def write_results(
+    folder: str, results: dict, iterations: Optional[int], name: str = RESULTS
+) -> None:
     """Write results.json: {"iteration": finished iterations or null, "bbox": {"AP": ...}, ...}.
 
     Metrics are in percent; null where a metric is undefined (no ground truth of that size). With
@@ -152,7 +182,7 @@ def write_results(folder: str, results: dict, iterations: Optional[int]) -> None
     if not comm.is_main_process():
         return
     content = json.dumps({"iteration": iterations, **_without_nan(results)}, indent=1)
-    atomic_write(os.path.join(folder, RESULTS), lambda file: file.write(content.encode()))
+    atomic_write(os.path.join(folder, name), lambda file: file.write(content.encode()))
 
 
 def _without_nan(value):

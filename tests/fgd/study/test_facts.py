@@ -32,7 +32,7 @@ def test_it_says_whose_time_the_long_student_had_and_who_had_less():
 
 
 def test_it_names_the_arms_that_measured_their_factor():
-    args = Namespace(config_file=CONFIG, teacher="t.yaml", seeds="0", opts=[])
+    args = Namespace(config_file=CONFIG, teacher="t.yaml", seeds="0", opts=[], arms="FGD")
     cfg = study_config(CONFIG, {})
     for arms, text in (
         (["FGD", "inherit+FGD"], "FACTOR of FGD, inherit+FGD was"),

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from fgd.config import load_config
@@ -18,43 +16,15 @@ def config_file(tmp_path_factory):
     return folder / "fgd.yaml"
 
 
-def test_a_study_from_beginning_to_end_with_a_run_that_fails(config_file, tmp_path, capsys):
-    """The folder of one run is a file, so that it cannot start; the others go on."""
-    (tmp_path / "inherit_0").write_text("in the way")
-    words = ["--config-file", str(config_file), "--output", str(tmp_path)]
-    words += ["--arms", "student,distil,inherit", "--resamples", "20"]
-    assert main([*words, "--jobs", "3", "--threads", "1"]) == 2
-    assert "FAILED: inherit, seed 0: " in capsys.readouterr().err
-    study = json.loads((tmp_path / "study.json").read_text())
-    assert [row["arm"] for row in study["arms"]] == ["teacher", "student", "distil"]
-    assert [row["iterations"] for row in study["arms"]] == [None, 2, 2]
-    (missing,) = study["missing"]
-    assert missing.startswith("FAILED: inherit, seed 0: ") and "inherit_0" in missing
-    names = [row["class"] for row in study["changes"]["bbox"]]
-    assert names == ["all classes", "square", "disc", "cross"]
-    page = (tmp_path / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # AP, losses, attention on two images
-    assert "FAILED: inherit, seed 0" in page
-    assert "distil against student, boxes" in (tmp_path / "study.md").read_text()
-
-    # Damage costs what it concerns, no more; and --report trains nothing.
-    (tmp_path / "student_0" / "inference" / "coco_instances_results.json").unlink()
-    (tmp_path / "distil_0" / "model_final.pth").write_bytes(b"damaged")
-    assert main([*words, "--report"]) == 0
-    missing = json.loads((tmp_path / "study.json").read_text())["missing"]
-    assert missing[0] == "inherit, seed 0: not run"
-    assert missing[1].startswith("Changes between arms are not tested: student, seed 0: ")
-    assert (
-        missing[2].startswith("Distilled maps are not shown: ") and "model_final.pth" in missing[2]
-    )
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--seeds", "0,x"], "'0,x' is not numbers"),
         (["--seeds", "1,1"], "names a seed twice"),
         (["--arms", "magic"], "magic unknown"),
+        (["--factor", "FGD"], "--factor: 'FGD' is not NAME=NUMBER"),
+        (["--arms", "stages"], "stages needs --stages"),
+        (["--stages", "none.yaml"], "--stages: none.yaml alone is no chain"),
         (["SOLVER.MAX_ITER"], "pairs of KEY VALUE"),
         (["--report"], "no run has finished"),
     ],

@@ -37,6 +37,7 @@ def study(**more):
         "missing": [],
         "arms": rows,
         "changes": {},
+        "stages": [],
         "test": ["a test"],
     }
     return {**empty, **more}

@@ -1,7 +1,8 @@
 """Evaluation while training: Detectron2's, on images as serving reads them, ended by a signal."""
 
+import json
 import os
-from typing import Iterator
+from typing import Dict, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader
 from .. import compat
 from ..data.images import ImageMapper
 from ..data.workers import supervise, supervised_batches
-from ..errors import StoppedError
+from ..errors import StoppedError, UserError
 from ..processes.stop import agreed, requested
+
+SAME_AP = 0.05  # points
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "StoppableLoader":
@@ -37,6 +40,43 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
             use_fast_impl=compat.has_fast_coco_eval(),
         )
     return DatasetEvaluators([StopBeforeScoring(), evaluator])
+
+
+def check_same_ap(found: dict, path: str) -> None:
+    """Compare an evaluation with the results.json of the run that has those weights.
+
+    Args:
+        found: as results.json, None where there is no AP.
+    Raises:
+        UserError: there is no such file, or an AP differs by more than rounding can do on a GPU.
+    """
+    try:
+        with open(path) as file:
+            expected = average_precisions(json.load(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--starts-as {path}: cannot read results ({error})") from None
+    own = average_precisions(found)
+    if not own or own.keys() != expected.keys():
+        names = [", ".join(x) or "nothing" for x in (own, expected)]
+        raise UserError(f"--starts-as {path}: evaluated are {names[0]} here, {names[1]} there")
+    for name, value in own.items():
+        if abs(value - expected[name]) > SAME_AP:
+            raise UserError(
+                f"--starts-as: this run starts with {name} {value:.2f}, but {path} says "
+                f"{expected[name]:.2f}. Either MODEL.WEIGHTS is not that run's model_final.pth, "
+                "something replaces it (MODEL.DISTILLER.INHERIT), or both are not tested alike"
+            )
+
+
+def average_precisions(results: dict, prefix: str = "") -> Dict[str, float]:
+    """ "bbox AP" and so on of a results.json, with several sets "SET bbox AP"; none at all is 0."""
+    found: Dict[str, float] = {}
+    for name, value in results.items():
+        if isinstance(value, dict):
+            found.update(average_precisions(value, f"{prefix}{name} "))
+        elif name == "AP":
+            found[f"{prefix}AP"] = value or 0.0
+    return found
 
 
 class StoppableLoader:

@@ -17,7 +17,7 @@ _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
 # Names that only a training run gives to files. Others in the folder may be anyone's.
 _OWN = re.compile(r"model_(\d{7}|final|best|diverged\w*)\.pth|last_checkpoint")
-_RECORDS = ("metrics.json", "results.json")
+_RECORDS = ("metrics.json", "results.json", "start.json")
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,13 @@ study.json. Runs that are finished are not repeated, interrupted ones are resume
 after any stop.
 
 Arms: student (alone); inherit (starts from the teacher's neck and head); distil and inherit+distil
-(the config's method); METHOD and inherit+METHOD (any other method or sum, such as PKD or FGD+NKD);
+(the config's method); METHOD and inherit+METHOD (any method, or a sum such as FGD+NKD);
 student-long (alone, for the wall time that distillation took in this study); and ablations that
 switch off one term of the config's method (of FGD no-foreground, no-background, no-attention or
 no-relation) or all but one (only-foreground ...).
+
+Several teachers in a row: stages (every config of --stages from the student of the one before) and
+single-long (the last of these alone, for the iterations of all).
 
 An arm that names a method measures MODEL.DISTILLER.FACTOR at the start of each run, as --balance of
 train_net.py does, unless --factor gives one or MODEL.DISTILLER.FACTOR is among the options.
@@ -32,7 +35,7 @@ from detectron2.config import CfgNode
 from ..distillation.config import teacher_name
 from ..errors import UserError
 from . import budget
-from .arms import ARMS, LONG, main_arms, study_config
+from .arms import ARMS, LONG, SINGLE, STAGES, main_arms, study_config
 from .comparisons import number_of_tests
 from .earlier import check_finished
 from .factors import given_factors
@@ -40,9 +43,11 @@ from .facts import facts, how_tested
 from .files import is_finished, write_json, write_text
 from .page import html_page, markdown
 from .pictures import draw
-from .plan import Run, plan
+from .plan import plan, study_stages
 from .report import sections
+from .run import Run
 from .runs import Failure, Runner, gpus
+from .stages import Stage, not_inheriting, stage_rows, wrong_starts
 from .summary import changes, summarize
 
 STOPPED = 75  # by a signal; call again
@@ -64,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arms",
         default="student,inherit+distil",
-        help=f"{', '.join(ARMS)}, METHOD, inherit+METHOD, no-TERM, only-TERM",
+        help=f"{', '.join(ARMS)}, METHOD, inherit+METHOD, no-TERM, only-TERM, {STAGES}, {SINGLE}",
     )
     parser.add_argument(
         "--factor",
@@ -72,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER,...",
         help="MODEL.DISTILLER.FACTOR of arms that name a method, by method or arm, for example "
         "PKD=0.5,inherit+MGD=1; without one it is measured",
+    )
+    parser.add_argument(
+        "--stages",
+        default="",
+        metavar="CONFIG,CONFIG,...",
+        help=f"distillation configs, each with its own teacher, for the arms {STAGES} and {SINGLE}",
     )
     parser.add_argument("--seeds", default="0", help="for example 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
@@ -107,8 +118,13 @@ def _study(args: argparse.Namespace) -> int:
     arms = args.arms.split(",")
     cfg = study_config(args.config_file, opts)
     seeds, factors = _seeds(args.seeds), given_factors(args.factor, arms, opts)
-    runs = plan(args.config_file, args.teacher, arms, seeds, args.output, opts, factors)
+    files = args.stages.split(",") if args.stages else []
+    stages = study_stages(files, args.config_file, args.teacher, args.output, opts)
+    planned = args.config_file, args.teacher, arms, seeds, args.output, opts
+    runs = plan(*planned, factors=factors, stages=stages)
     check_finished(runs)
+    for line in not_inheriting(stages):
+        print(line, flush=True)
     failures: List[Failure] = []
     if not args.report:
         devices = gpus(cfg.MODEL.DEVICE)
@@ -118,15 +134,21 @@ def _study(args: argparse.Namespace) -> int:
     if not any(is_finished(run) for run in runs):
         print("error: no run has finished, so there is nothing to report", file=sys.stderr)
         return failures[0].exit_code if failures else UserError.exit_code
-    report(args, runs, cfg, failures)
+    report(args, runs, cfg, failures, stages)
     return failures[0].exit_code if failures else 0
 
 
-def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] = ()) -> None:
+def report(
+    args,
+    runs: Sequence[Run],
+    cfg: CfgNode,
+    failures: Sequence[Failure] = (),
+    stages: Sequence[Stage] = (),
+) -> None:
     """Write study.json, study.md, study.html and their pictures; print the tables."""
     output = args.output
-    study = collect(args, runs, cfg, failures)
-    shown = main_arms(args.arms.split(","), cfg)
+    study = collect(args, runs, cfg, failures, stages)
+    shown = [*main_arms(args.arms.split(","), cfg), STAGES, SINGLE]
     pictures, not_drawn = draw(runs, study["arms"], shown, output)
     study["missing"] += not_drawn
     write_json(output / "study.json", study)
@@ -137,10 +159,18 @@ def report(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure] 
     print(output / "study.html")
 
 
-def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]) -> Dict[str, Any]:
-    """All that the pages say: {"facts", "missing", "arms", "budget", "changes", "test"}."""
+def collect(
+    args,
+    runs: Sequence[Run],
+    cfg: CfgNode,
+    failures: Sequence[Failure],
+    stages: Sequence[Stage] = (),
+) -> Dict[str, Any]:
+    """All that the pages say: facts, missing, arms, budget, stages, changes and test."""
+    arms = args.arms.split(",")
     failed = {str(failure.run): str(failure) for failure in failures}
     missing = [failed.get(str(run), f"{run}: not run") for run in runs if not is_finished(run)]
+    missing += wrong_starts(runs)
     measured, changed = None, {}
     if any(run.arm == LONG and is_finished(run) for run in runs):
         measured = budget.long_budget(runs, cfg, args.output)
@@ -150,10 +180,11 @@ def collect(args, runs: Sequence[Run], cfg: CfgNode, failures: Sequence[Failure]
         missing.append(f"Changes between arms are not tested: {error}")
     rows = summarize(runs)
     return {
-        "facts": facts(args, runs, rows, cfg, measured),
+        "facts": facts(args, runs, rows, cfg, measured, stages),
         "missing": missing,
         "arms": rows,
         "budget": measured,
+        "stages": stage_rows(runs, stages) if STAGES in arms else [],
         "changes": changed,
         "test": how_tested(args.resamples, number_of_tests(changed)),
     }

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..visualize import read_metrics
 from .arms import LONG, STUDENT, main_arms
 from .files import write_json
-from .plan import Run
+from .run import Run
 
 FILE = f"{LONG}.json"
 

@@ -9,7 +9,7 @@ from ..errors import UserError
 from .arms import LONG
 from .factors import KEY
 from .files import is_finished
-from .plan import Run
+from .run import Run
 
 # What leaves the results of a run as they are, and names of places: a study and its data may be
 # moved. Other test data is found out when detections are compared with results (`summary`).
@@ -41,11 +41,13 @@ def check_finished(runs: Sequence[Run]) -> None:
         now = load_config_text(
             now.dump(), run.config_file
         )  # a tuple inside a tuple turns to a list
-        changes = _differences(load_config(str(stored)), now)
+        changes = differences(load_config(str(stored)), now)
         if run.arm == LONG:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
         if run.balance:  # it has what was measured then
             changes.pop(KEY, None)
+        if run.before:  # the study may have been moved; `stages` checks what it starts from
+            changes.pop("MODEL.WEIGHTS", None)
         if changes:
             raise UserError(
                 f"{run}: finished in {run.folder} with another config "
@@ -53,13 +55,15 @@ def check_finished(runs: Sequence[Run]) -> None:
             )
 
 
-def _differences(before: CfgNode, now: CfgNode, prefix: str = "") -> Dict[str, str]:
-    """Keys that bear on results and differ, as "KEY: before -> now"."""
+def differences(
+    before: CfgNode, now: CfgNode, prefix: str = "", harmless: Sequence[str] = _HARMLESS
+) -> Dict[str, str]:
+    """Keys of both that bear on results and differ, as "KEY: before -> now"."""
     found: Dict[str, str] = {}
     for key in now.keys() & before.keys():
         name, old, new = prefix + key, before[key], now[key]
         if isinstance(new, CfgNode) and isinstance(old, CfgNode):
-            found.update(_differences(old, new, f"{name}."))
-        elif old != new and name not in _HARMLESS:
+            found.update(differences(old, new, f"{name}.", harmless))
+        elif old != new and name not in harmless:
             found[name] = f"{name}: {old} -> {new}"
     return dict(sorted(found.items()))

@@ -8,12 +8,20 @@ from detectron2 import __version__ as detectron2_version
 from detectron2.config import CfgNode
 
 from ..distillation.config import teacher_name
-from .arms import LONG, TEACHER
+from .arms import LONG, SINGLE, STAGES, TEACHER
 from .comparisons import LEVEL
-from .plan import Run
+from .run import Run
+from .stages import Stage, not_inheriting
 
 
-def facts(args, runs: Sequence[Run], rows: Sequence[dict], cfg: CfgNode, measured) -> List[str]:
+def facts(
+    args,
+    runs: Sequence[Run],
+    rows: Sequence[dict],
+    cfg: CfgNode,
+    measured: Optional[dict],
+    stages: Sequence[Stage] = (),
+) -> List[str]:
     """What the reader must know of the study.
 
     Args:
@@ -33,7 +41,7 @@ def facts(args, runs: Sequence[Run], rows: Sequence[dict], cfg: CfgNode, measure
             f"MODEL.DISTILLER.FACTOR of {', '.join(balanced)} was measured at the start of each "
             "run (train_net.py --balance)."
         )
-    lines += long_facts(measured, rows)
+    lines += long_facts(measured, rows) + stage_facts(args.arms.split(","), stages)
     return [
         *lines,
         f"PyTorch {torch.__version__}, Detectron2 {detectron2_version}, {cfg.MODEL.DEVICE}.",
@@ -59,6 +67,28 @@ def long_facts(measured: Optional[dict], rows: Sequence[dict]) -> List[str]:
         lines.append(
             f"Step time of the other arms over that of {arm}: {shares}. Below 1 an arm had less "
             f"time than {LONG}, above 1 more."
+        )
+    return lines
+
+
+def stage_facts(arms: Sequence[str], stages: Sequence[Stage]) -> List[str]:
+    """How arms of several teachers in a row differ from the others."""
+    counts, lines = [stage.cfg.SOLVER.MAX_ITER for stage in stages], []
+    if STAGES in arms:
+        lines.append(
+            f"{STAGES}: {' + '.join(map(str, counts))} iterations, each stage from the student of "
+            "the one before, with its own schedule and the factor of its config."
+        )
+        lines += not_inheriting(stages)
+    if SINGLE in arms:
+        lines.append(
+            f"{SINGLE}: {stages[-1].config_file} alone for {sum(counts)} iterations, its schedule "
+            "stretched."
+        )
+    elif STAGES in arms:
+        lines.append(
+            f"No student was trained for {sum(counts)} iterations with one teacher, so what "
+            f"{STAGES} gains may come from the longer training: add the arm {SINGLE}."
         )
     return lines
 

@@ -7,9 +7,10 @@ from typing import Any, Optional
 from ..config import META_ARCHITECTURE
 from ..files import atomic_write
 from ..yaml_config import leaves, parse_yaml
-from .plan import Run
+from .run import Run
 
-RESULTS, MINUTES, CONSOLE = "results.json", "minutes.json", "console.txt"
+RESULTS, START = "results.json", "start.json"
+MINUTES, CONSOLE = "minutes.json", "console.txt"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,6 +36,12 @@ def read_minutes(run: Run) -> Optional[float]:
 def read_result(run: Run) -> dict:
     """results.json of a finished run: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
     return json.loads((run.folder / RESULTS).read_text())
+
+
+def read_start(run: Run) -> Optional[dict]:
+    """As `read_result`, of its evaluation before step one; None if there was none."""
+    path = run.folder / START
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_factor(run: Run) -> Optional[float]:

@@ -14,7 +14,7 @@ from ..visualize import loss_figure, picture_figure, record_pictures, rgb_pixels
 from ..visualize.run import load_inputs, open_run
 from .arms import TEACHER
 from .files import is_finished
-from .plan import Run
+from .run import Run
 
 _DPI = 110
 

@@ -1,7 +1,7 @@
 """The runs of a study: every arm with every seed, and the teacher."""
 
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
@@ -9,6 +9,8 @@ from ..distillation.config import check_distiller, needs_teacher, teacher_name
 from ..errors import UserError
 from .arms import (
     LONG,
+    SINGLE,
+    STAGES,
     STUDENT,
     TEACHER,
     changes_of,
@@ -18,42 +20,8 @@ from .arms import (
     study_config,
 )
 from .factors import KEY, is_measured
-
-
-class Run(NamedTuple):
-    """One training: an arm with a seed, in a folder of its own.
-
-    Attributes:
-        needs: arms whose runs come first, and names of runs without which this one cannot start.
-        eval_only: of a teacher that is there already.
-        balance: measures MODEL.DISTILLER.FACTOR at its start.
-    """
-
-    arm: str
-    seed: int
-    config_file: str
-    folder: Path
-    opts: Dict[str, str]
-    needs: Tuple[str, ...] = ()
-    eval_only: bool = False
-    balance: bool = False
-
-    def __str__(self) -> str:
-        return self.arm if self.arm == TEACHER else f"{self.arm}, seed {self.seed}"
-
-
-class Teacher(NamedTuple):
-    """The study's teacher.
-
-    Attributes:
-        given: whether there is one. weights: its checkpoint; "" of a network of timm.
-        needs: arms whose runs come first. runs: its own.
-    """
-
-    given: bool = False
-    weights: str = ""
-    needs: Tuple[str, ...] = ()
-    runs: Tuple[Run, ...] = ()
+from .run import Run, Teacher
+from .stages import Stage, chain, read_stages, single
 
 
 def plan(
@@ -64,6 +32,7 @@ def plan(
     output: Path,
     opts: Dict[str, str],
     factors: Mapping[str, float] = {},
+    stages: Sequence[Stage] = (),
 ) -> List[Run]:
     """The runs of a study, in the order in which they are best started.
 
@@ -72,17 +41,21 @@ def plan(
             and evaluated to know the gap that a student can close. A network of timm detects
             nothing: it is not evaluated, and no gap is known. Methods without a teacher need none.
         factors: arm → MODEL.DISTILLER.FACTOR (`given_factors`).
+        stages: of the arms `stages` and `single-long` (`study_stages`).
     Raises:
         UserError: see `check_arms`; there is no teacher, and an arm needs one; one of timm cannot
-            be it; or the config refuses a method.
+            be it; there are no stages; or the config refuses a method.
     """
     cfg = study_config(config_file, opts)
     check_arms(arms, cfg)
+    _check_stages(arms, stages)
     _check_timm_teacher(cfg, teacher, arms)
     teaches = _teacher(teacher, cfg, output, opts)
     templates = []
     for arm in arms:
-        own, needs = _options(arm, arms, config_file, opts, teaches, factors)
+        if arm in (STAGES, SINGLE):
+            continue
+        own, needs = _options(arm, arms, config_file, cfg, opts, teaches, factors)
         balance = is_measured(arm, factors, opts)
         templates.append(Run(arm, 0, config_file, output, own, needs, balance=balance))
     runs = [
@@ -90,8 +63,31 @@ def plan(
         for seed in seeds
         for run in templates
     ]
+    for seed in seeds:
+        runs += chain(stages, seed, output) if STAGES in arms else []
+        runs += [single(stages, seed, output)] if SINGLE in arms else []
     order = {STUDENT: 1, LONG: 3}
     return [*teaches.runs, *sorted(runs, key=lambda run: order.get(run.arm, 2))]
+
+
+def study_stages(
+    files: Sequence[str], config_file: str, teacher: str, output: Path, opts: Dict[str, str]
+) -> List[Stage]:
+    """The stages that configs name, for `plan`, whose other arguments these are; [] without any.
+
+    Raises:
+        UserError: see `read_stages`.
+    """
+    cfg = study_config(config_file, opts)
+    return read_stages(files, cfg, opts, _teacher(teacher, cfg, output, opts)) if files else []
+
+
+def _check_stages(arms: Sequence[str], stages: Sequence[Stage]) -> None:
+    wanted = [arm for arm in (STAGES, SINGLE) if arm in arms]
+    if wanted and not stages:
+        raise UserError(f"--arms: {wanted[0]} needs --stages, a config for each teacher")
+    if stages and not wanted:
+        raise UserError(f"--stages: no arm uses them; add {STAGES} or {SINGLE} to --arms")
 
 
 def _teacher(config: str, cfg: CfgNode, output: Path, opts: Mapping[str, str]) -> Teacher:
@@ -123,12 +119,12 @@ def _options(
     arm: str,
     arms: Sequence[str],
     config_file: str,
+    cfg: CfgNode,
     opts: Mapping[str, str],
     teacher: Teacher,
     factors: Mapping[str, float],
 ) -> Tuple[Dict[str, str], Tuple[str, ...]]:
     """The options of an arm, and what its runs need."""
-    cfg = study_config(config_file, opts)
     own = {**opts, **changes_of(arm, cfg)}
     if arm in (STUDENT, LONG):
         own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
@@ -146,7 +142,7 @@ def _options(
         needs = teacher.needs
     if method_of(arm):
         try:
-            check_distiller(study_config(config_file, own))
+            check_distiller(study_config(config_file, own))  # now with the teacher
         except UserError as error:
             raise UserError(f"{arm}: {error}") from error
     return own, needs

@@ -7,7 +7,7 @@ from .arms import STUDENT, TEACHER
 from .bootstrap import ALL
 from .comparisons import LEVEL, verdict
 from .runs import kinds
-from .summary import METRICS
+from .summary import METRICS, spread
 
 NONE = "–"
 KINDS = {"bbox": "boxes", "segm": "masks"}
@@ -88,6 +88,19 @@ def _p(value: float) -> str:
     return NONE if value != value else f"{value:.3f}"
 
 
+def stage_table(stages: Sequence[dict], kind: str) -> List[List[str]]:
+    """One row per stage of a chain of teachers, its AP over the seeds."""
+    columns = ("stage", "config", "method", "teacher", "iterations")
+    cells = []
+    for row in stages:
+        ends = [
+            mean_and_sd(spread([x[kind]["AP"] for x in row[end] if x is not None]))
+            for end in ("start", "end")
+        ]
+        cells.append([*(str(row[name]) or NONE for name in columns), *ends])
+    return [[*columns, "AP at the start", "AP at the end"], *cells]
+
+
 def ranked_table(rows: Sequence[dict], compared: Sequence[dict], kind: str) -> List[List[str]]:
     """Arms by falling mean AP, and what may be said of each against every arm it is tested with.
 
@@ -125,6 +138,10 @@ def sections(study: Dict[str, Any], pictures: Dict[str, Path]) -> List[Section]:
         found.append(Section("Missing", study["missing"]))
     for kind in [kind for kind in KINDS if any(kind in kinds(row) for row in rows)]:
         found.append(Section(f"AP, {KINDS[kind]}", _SUMMARY, summary_table(rows, kind)))
+    ended = [result for row in study["stages"] for result in row["end"]]
+    for kind in [kind for kind in KINDS if any(kind in result for result in ended)]:
+        table = stage_table(study["stages"], kind)
+        found.append(Section(f"Teachers in a row, {KINDS[kind]}", _STAGES, table))
     for kind, compared in study["changes"].items():
         overall = [row for row in compared if row["class"] == ALL]
         ranked = ranked_table(rows, overall, kind)
@@ -161,6 +178,10 @@ _SUMMARY = (
     "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Minutes: by the clock, "
     "whatever else the machine was doing. Step time: median seconds per iteration, over the "
     "student's.",
+)
+_STAGES = (
+    "Every stage but the first starts from the student of the one before. Its AP at the start was "
+    "evaluated before its first step, and has to be the AP at the end of the one before.",
 )
 _RANKED = (
     f"Arms by mean AP. The order alone claims nothing: an arm is ahead or behind where the "

@@ -15,8 +15,17 @@ from ..distillation.teacher import teacher_config
 from ..errors import UserError
 from . import budget
 from .arms import LONG, TEACHER
-from .files import CONSOLE, MINUTES, is_finished, read_minutes, read_result, write_json, write_text
-from .plan import Run
+from .files import (
+    CONSOLE,
+    MINUTES,
+    RESULTS,
+    is_finished,
+    read_minutes,
+    read_result,
+    write_json,
+    write_text,
+)
+from .run import Run
 
 _POLL = 0.1  # seconds
 _STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)  # by a signal; nothing is wrong
@@ -159,6 +168,8 @@ class Runner:
             words.append("--eval-only")
         else:
             words += ["--resume", *(["--balance"] if run.balance else [])]
+        if run.before:
+            words += ["--starts-as", str(run.before[-1].folder / RESULTS)]
         words += ["--config-file", run.config_file]
         return words + [word for pair in options.items() for word in pair]
 

@@ -17,7 +17,7 @@ from .budget import step_seconds
 from .comparisons import correct, pairs
 from .files import is_finished, read_factor, read_minutes, read_result
 from .matches import index_truth, match
-from .plan import Run
+from .run import Run, parts
 from .runs import kinds
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -29,7 +29,7 @@ def spread(values: Sequence[Optional[float]]) -> dict:
 
     A metric that is undefined (None: no true object of that size) is so for all seeds.
     """
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return {"each": list(values), "mean": None, "sd": None}
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"each": list(values), "mean": statistics.mean(values), "sd": sd}
@@ -41,7 +41,7 @@ def gap_closed(arm: float, student: float, teacher: float) -> Optional[float]:
 
 
 def summarize(runs: Sequence[Run]) -> List[dict]:
-    """One row per arm that has finished runs, in the order of ``runs``.
+    """One row per arm that has finished runs, in the order of ``runs``; not of stages on the way.
 
     Returns:
         {"arm", "seeds", "iterations", "minutes": mean or None, "seconds": of a step or None,
@@ -49,17 +49,17 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
         {metric: `spread`, "gap closed": percent or None}}; metrics include "AP-<class>".
     """
     rows = []
-    for arm in dict.fromkeys(run.arm for run in runs):
+    for arm in dict.fromkeys(run.arm for run in runs if run.arm not in parts(runs)):
         done = [run for run in runs if run.arm == arm and is_finished(run)]
         if not done:
             continue
         results = [read_result(run) for run in done]
-        minutes = [m for m in map(read_minutes, done) if m is not None]
-        seconds = step_seconds([run.folder for run in done])
+        minutes = [m for m in map(_chain_minutes, done) if m is not None]
+        seconds = step_seconds([part.folder for run in done for part in run.chain])
         row = {
             "arm": arm,
             "seeds": [run.seed for run in done],
-            "iterations": results[0]["iteration"],
+            "iterations": _iterations(done[0]),
             "minutes": statistics.mean(minutes) if minutes else None,
             "seconds": None if math.isnan(seconds) else seconds,
             "factors": [f for f in map(read_factor, done) if f is not None],
@@ -70,6 +70,17 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
         rows.append(row)
     _add_gaps({row["arm"]: row for row in rows})
     return rows
+
+
+def _iterations(run: Run) -> Optional[int]:
+    """Of all trainings that made its student."""
+    counts = [read_result(part)["iteration"] for part in run.chain if is_finished(part)]
+    return None if None in counts else sum(counts)
+
+
+def _chain_minutes(run: Run) -> Optional[float]:
+    minutes = [read_minutes(part) for part in run.chain]
+    return None if None in minutes else sum(minutes)
 
 
 def _add_gaps(rows: Dict[str, dict]) -> None:
@@ -88,7 +99,8 @@ def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List
         UserError: detections are missing, or are not those of the run's results.
     """
     done = [run for run in runs if is_finished(run) and run.arm != TEACHER]
-    compared = pairs(list(dict.fromkeys(run.arm for run in done)), cfg)
+    arms = dict.fromkeys(run.arm for run in done if run.arm not in parts(runs))
+    compared = pairs(list(arms), cfg)
     wanted = {arm for pair in compared for arm in pair}
     if not compared:
         return {}
