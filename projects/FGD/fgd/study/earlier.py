@@ -8,7 +8,7 @@ from ..config import load_config, load_config_text
 from ..errors import UserError
 from .arms import LONG
 from .factors import KEY
-from .files import is_finished
+from .files import is_finished, was_given_factor
 from .run import Run
 
 # What leaves the results of a run as they are, and names of places: a study and its data may be
@@ -31,8 +31,16 @@ _HARMLESS = (
 
 
 def check_finished(runs: Sequence[Run]) -> None:
-    """Raise UserError if a run that is there already had another config than is now asked for."""
+    """Raise UserError if a run that is there already had another config than is now asked for.
+
+    Also if one that measures its factor now was given it then: its page would say otherwise.
+    """
     for run in runs:
+        if run.balance and was_given_factor(run):
+            raise UserError(
+                f"{run}: begun in {run.folder} with a given {KEY}, and now it is to be measured; "
+                "give it again (--factor), use another --output, or delete that folder"
+            )
         stored = run.folder / "config.yaml"
         if run.eval_only or not is_finished(run) or not stored.exists():
             continue

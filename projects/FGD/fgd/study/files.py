@@ -7,10 +7,12 @@ from typing import Any, Optional
 from ..config import META_ARCHITECTURE
 from ..files import atomic_write
 from ..yaml_config import leaves, parse_yaml
+from .arms import method_of
 from .run import Run
 
 RESULTS, START = "results.json", "start.json"
 MINUTES, CONSOLE = "minutes.json", "console.txt"
+_MEASURED = "measured.json"  # of arms of methods: true or false
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,6 +44,19 @@ def read_start(run: Run) -> Optional[dict]:
     """As `read_result`, of its evaluation before step one; None if there was none."""
     path = run.folder / START
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_measured(run: Run) -> None:
+    """Record once whether a run measures its factor or was given it, which no config says."""
+    path = run.folder / _MEASURED
+    if method_of(run.arm) and not path.exists():
+        write_json(path, run.balance)
+
+
+def was_given_factor(run: Run) -> bool:
+    """Whether it is known to have begun with a given factor."""
+    path = run.folder / _MEASURED
+    return path.exists() and not json.loads(path.read_text())
 
 
 def read_factor(run: Run) -> Optional[float]:

@@ -23,6 +23,7 @@ from .files import (
     read_minutes,
     read_result,
     write_json,
+    write_measured,
     write_text,
 )
 from .run import Run
@@ -131,6 +132,7 @@ class Runner:
             raise UserError(f"not started, {lost[0]} has no results")
         command = self.command(run)
         run.folder.mkdir(parents=True, exist_ok=True)
+        write_measured(run)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         gpu = self._free_gpu()
         if gpu:
