@@ -15,7 +15,7 @@ from fgd.cli import main as train_net
 from fgd.config import load_config
 from fgd.errors import UserError
 from fgd.methods.method import METHOD_REGISTRY, Method
-from fgd.study.arms import plan
+from fgd.study.plan import plan
 from fgd.visualize.__main__ import main as visualize
 from tests.fgd.doctor.clinic import student_cfg, write_config
 from tests.fgd.training import assert_equal, distilled

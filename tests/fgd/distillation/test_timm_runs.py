@@ -14,7 +14,7 @@ from fgd.config import load_config
 from fgd.distillation import timm_teacher
 from fgd.errors import UserError
 from fgd.methods.fgd import FGD
-from fgd.study.arms import plan
+from fgd.study.plan import plan
 from fgd.visualize.__main__ import main as visualize
 from fgd.weights import weights_sha256
 from tests.fgd.doctor.clinic import student_cfg, write_config

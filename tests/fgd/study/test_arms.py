@@ -139,3 +139,11 @@ def test_terms_that_are_off_have_no_arms():
     others = ("FOREGROUND", "BACKGROUND", "ATTENTION")
     off |= {f"MODEL.DISTILLER.FGD.{term}_WEIGHT": "0.0" for term in others[1:]}
     assert ablations(study_config(CONFIG, off)) == {}  # one term is left
+
+
+def test_terms_of_one_name_in_a_sum_are_told_apart():
+    words = {"MODEL.DISTILLER.METHOD": "DeFeat+FGD", "MODEL.DISTILLER.DEFEAT.OBJECT_WEIGHT": "1.0"}
+    arms = ablations(study_config(CONFIG, words))
+    assert "no-background" not in arms and {"no-object", "no-relation"} < arms.keys()
+    assert arms["no-DeFeat.background"] == {"MODEL.DISTILLER.DEFEAT.BACKGROUND_WEIGHT": "0.0"}
+    assert arms["no-FGD.background"] == {"MODEL.DISTILLER.FGD.BACKGROUND_WEIGHT": "0.0"}

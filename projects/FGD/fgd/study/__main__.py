@@ -32,7 +32,6 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
-from ..distillation.config import teacher_name
 from ..errors import UserError
 from . import budget
 from .arms import ARMS, LONG, SINGLE, STAGES, main_arms, study_config
