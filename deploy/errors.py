@@ -6,11 +6,9 @@ import sys
 import traceback
 from typing import Callable, Optional, Sequence
 
+from fgd_inputs.errors import UserError
 
-class UserError(ValueError):
-    """Bad usage, path, config, checkpoint or image. The message says what, where, what to do."""
-
-    exit_code = 2
+__all__ = ["ParityError", "UserError", "run_main"]
 
 
 class ParityError(RuntimeError):

@@ -62,7 +62,7 @@ def evaluate_graph(
 
 def has_mask_ap(spec: ModelSpec, data: CocoData) -> bool:
     """Whether mask AP can be measured: the graph and every true box have masks."""
-    return bool(spec.mask_size) and not data.without_mask()
+    return bool(spec.mask_size) and data.with_masks
 
 
 def load_eager(checkpoint, spec: ModelSpec):
@@ -84,12 +84,11 @@ def load_eager(checkpoint, spec: ModelSpec):
 
 def evaluate_eager(eager, data: CocoData) -> Dict[str, Any]:
     """COCO metrics of a student in PyTorch, as Detectron2 reads, resizes and runs it."""
-    without_mask = data.without_mask()
 
     def results() -> Iterator[Result]:
         for i, record in enumerate(data.images):
             result = Result(*eager.detect(record))
-            yield result._replace(masks=None) if without_mask else result
+            yield result if data.with_masks else result._replace(masks=None)
             show_progress(i + 1, len(data.images))
 
     return coco_metrics(data, eager.classes, results())
@@ -178,14 +177,14 @@ def _main(argv: Optional[Sequence[str]]) -> int:
         raise UserError(f"--batch-size is {args.batch_size}, expected 1 or more")
     # all that can be refused is refused before the first image is run
     detector = OrtDetector(args.model, [args.provider], args.threads)
-    data = load_dataset(args.dataset, args.images)
+    data = load_dataset(args.dataset, args.images, bool(detector.spec.mask_size))
     data.category_ids(detector.spec.classes)
     eager = load_eager(args.checkpoint, detector.spec) if args.checkpoint else None
     report = evaluate(detector, data, eager, args.batch_size)
     print(f"{report['dataset']}: {report['images']} images, {report['onnx_seconds']} s")
+    for note in data.notes:
+        print(f"{data.name}: {note}")
     print(format_table(report["metrics"]))
-    if detector.spec.mask_size and not has_mask_ap(detector.spec, data):
-        print(f"no mask AP: {data.without_mask()} boxes of {data.name} have no mask")
     if report["shrunk"]:
         print(f"{report['shrunk']} {SHRUNK}")
     if args.output:

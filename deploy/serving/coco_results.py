@@ -1,11 +1,11 @@
 """Detections in COCO's result format, for pycocotools, labelling tools and test servers. Stdlib."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from deploy.coco_data import CocoData
 from deploy.errors import UserError
+from fgd_inputs.coco import read_coco
 
 
 class CocoIds:
@@ -30,10 +30,10 @@ class CocoIds:
             self.images = {file: i for i, file in enumerate(self.files, 1)}
             self.categories = list(range(1, len(self.classes) + 1))
         else:
-            dataset = _read(Path(annotations))
-            data = CocoData(annotations, dataset["images"], dataset)
+            found = read_coco(annotations, annotated=False, files=False)
+            data = CocoData(annotations, found.images, found.truth())
             self.categories = data.category_ids(self.classes)
-            self.images = _image_ids(files, dataset["images"], annotations)
+            self.images = _image_ids(files, found.images, annotations)
 
     def results(self, images: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A dict per detection: image_id, category_id, bbox (x, y, width, height), score, and
@@ -73,19 +73,6 @@ class CocoIds:
             ],
             "annotations": [],
         }
-
-
-def _read(path: Path) -> Dict[str, Any]:
-    try:
-        dataset = json.loads(path.read_text(encoding="utf-8"))
-        for image in dataset["images"]:
-            image["id"], image["file_name"].split("/")
-        for category in dataset["categories"]:
-            category["id"], category["name"].strip()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, LookupError) else error
-        raise UserError(f"cannot read {path} as a COCO JSON: {reason}") from error
-    return dataset
 
 
 def _image_ids(files: Sequence[Path], records: Sequence[Dict], source: str) -> Dict[str, Any]:

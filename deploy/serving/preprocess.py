@@ -12,23 +12,7 @@ from PIL import Image
 
 from deploy.errors import UserError
 from deploy.spec import ModelSpec, fills
-
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb: 32 kB can claim 268 Mpx
-# Modes whose conversion to RGB keeps 8 bits per channel as they are. The others ("I;16", "I", "F",
-# "LAB") would be clipped to white or misread without a word.
-_EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+from fgd_inputs.image_files import MAX_PIXELS, SUFFIXES, open_image, upright
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
 
@@ -55,7 +39,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Pixels of one image, upright, as Detectron2's `read_image(path, "BGR")` gives them.
 
     Args:
-        source: a path (BMP, GIF, JPEG, PNG, TIFF or WebP; first frame), a PIL image, or an array
+        source: a path (see `fgd_inputs.image_files.FORMATS`; first frame), a PIL image, or an array
             (H, W, 3) uint8 in BGR order, which is passed through.
         max_pixels: larger images are refused before they are decoded. Pillow refuses twice its
             own `PIL.Image.MAX_IMAGE_PIXELS` as well, whatever this says.
@@ -69,16 +53,13 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return _check_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, f"PIL image {source.size}", max_pixels)
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            return _decode(image, str(source), max_pixels)
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:  # twice Pillow's own limit
-        raise UserError(f"{source} exceeds the limit of {max_pixels} pixels: {error}") from error
-    except Exception as error:  # decoders meet hostile bytes with any exception type
-        raise UserError(f"cannot read image {source}: {error or type(error).__name__}") from error
+        return _pixels(upright(source, f"PIL image {source.size}", max_pixels))
+    with open_image(source, str(source), max_pixels) as image:
+        return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))[:, :, ::-1]
 
 
 def _check_array(image: np.ndarray) -> np.ndarray:
@@ -87,27 +68,6 @@ def _check_array(image: np.ndarray) -> np.ndarray:
             f"image array is {image.dtype} {image.shape}; pass (H, W, 3) uint8 in BGR order, 0..255"
         )
     return image
-
-
-def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise UserError(f"{name}: {width}x{height} is more than the limit of {max_pixels} pixels")
-    if image.mode not in _EIGHT_BIT_MODES:
-        raise UserError(f"{name}: mode {image.mode!r} is not 8 bits per channel; convert it first")
-    # Pillow turns a TIFF upright while loading it: read the tag afterwards, or it is turned twice
-    image.load()
-    method = _ORIENTATIONS.get(_orientation(image))
-    if method is not None:
-        image = image.transpose(method)
-    return np.asarray(image.convert("RGB"))[:, :, ::-1]
-
-
-def _orientation(image: Image.Image) -> Optional[int]:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a damaged EXIF block; Detectron2 ignores it as well (its issue 1885)
-        return None
 
 
 def resized_shape(

@@ -26,13 +26,17 @@ def test_json_beside_its_images(tmp_path):
 
 def test_image_folder_option_and_flat_layout(tmp_path):
     path = write_dataset(tmp_path)
-    assert load_dataset(str(path), "else").images[0]["file"] == "else/0.png"
+    other = str(tmp_path / "images" / ".." / "images")
+    assert load_dataset(str(path), other).images[0]["file"] == str(tmp_path / "images" / "0.png")
     (tmp_path / "annotations").mkdir()
     moved = path.rename(tmp_path / "annotations" / path.name)
     assert load_dataset(str(moved)).images[0]["file"] == str(tmp_path / "images" / "0.png")
     moved.rename(path)
     (tmp_path / "images").rename(tmp_path / "moved")
-    assert load_dataset(str(path)).images[0]["file"] == str(tmp_path / "0.png")
+    with pytest.raises(
+        UserError, match="image '0.png' .* file names are relative to with --images"
+    ):
+        load_dataset(str(path))
 
 
 def test_unusable_boxes_are_left_out(tmp_path):
@@ -42,7 +46,12 @@ def test_unusable_boxes_are_left_out(tmp_path):
         annotation["bbox"] = box
     content["annotations"][5]["image_id"] = 999
     data = load_dataset(str(write_dataset(tmp_path, content)))
-    assert [a["id"] for a in data.truth["annotations"]] == [7, 8, 9]
+    assert [a["bbox"] for a in data.truth["annotations"]] == [
+        pytest.approx(a["bbox"]) for a in content["annotations"][6:]
+    ]
+    assert data.notes == [
+        "6 boxes dropped (1 zero area, 1 inverted, 2 outside, 1 not finite, 1 of an absent image)"
+    ]
 
 
 def test_other_class_names_are_refused(tmp_path):
@@ -59,13 +68,13 @@ def test_other_class_names_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("images"), "no 'images'"),
+        (lambda c: c.pop("images"), "no list 'images'"),
         (lambda c: c["images"][0].pop("height"), "no 'height'"),
         (lambda c: c["annotations"][0].pop("bbox"), "no 'bbox'"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "values to unpack"),
-        (lambda c: c["annotations"][0].update(category_id=5), r"ids \[5\] are not declared"),
-        (lambda c: c["images"][0].update(id=11), "image ids repeat"),
-        (lambda c: c["annotations"].clear(), "no usable box"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]; expected four"),
+        (lambda c: c["annotations"][0].update(category_id=5), "category_id 5, not in 'categories'"),
+        (lambda c: c["images"][0].update(id=11), "id 11 occurs twice in 'images'"),
+        (lambda c: c["annotations"].clear(), "list 'annotations' is empty"),
     ],
 )
 def test_damaged_json_is_refused_by_name(tmp_path, change, message):
@@ -80,7 +89,7 @@ def test_damaged_json_is_refused_by_name(tmp_path, change, message):
 def test_foreign_files_are_refused(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"x\.json as a COCO JSON"):
+    with pytest.raises(UserError, match=r"dataset JSON .*x\.json is "):
         load_dataset(str(path))
     with pytest.raises(UserError, match=r"gone\.json"):
         load_dataset(str(tmp_path / "gone.json"))

@@ -72,10 +72,11 @@ def test_coco_results_without_a_dataset_say_what_the_ids_are(model, tmp_path):
     "change, message",
     [
         (lambda d: d["images"].pop(), "2.png is 0 times among the images"),
-        (lambda d: d["images"].append(d["images"][0]), "0.png is 2 times"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 99}), "0.png is 2 times"),
+        (lambda d: d["images"].append(d["images"][0]), "id 10 occurs twice in 'images'"),
         (lambda d: d["categories"].pop(), "classes of the model and of"),
-        (lambda d: d.pop("images"), "as a COCO JSON: no 'images'"),
-        (lambda d: d["images"][0].update(file_name=3), "as a COCO JSON"),
+        (lambda d: d.pop("images"), "it has no list 'images'"),
+        (lambda d: d["images"][0].update(file_name=3), "image 10 has file_name 3"),
     ],
 )
 def test_annotations_that_do_not_fit_are_refused_before_the_work(

@@ -186,7 +186,7 @@ def test_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     """The name, and the size or Pillow's own words about it."""
     path = save(Image.new("1", (16384, 16384)), tmp_path / "bomb.png")
     assert path.stat().st_size < 50_000
-    with pytest.raises(UserError, match=r"bomb\.png exceeds .* 89478485 pixels: .*268435456"):
+    with pytest.raises(UserError, match=r"bomb\.png exceeds 89478485 pixels: .*268435456"):
         load_image(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(UserError, match=r"bomb\.png: 16384x16384 is more than the limit of 8947"):

@@ -1,10 +1,8 @@
 """Errors that end a command with a documented exit code and one line instead of a traceback."""
 
+from fgd_inputs.errors import UserError
 
-class UserError(ValueError):
-    """Wrong usage, config, path, data or weights: what was found, where, and what to do."""
-
-    exit_code = 2
+__all__ = ["DivergedError", "StoppedError", "UserError"]
 
 
 class DivergedError(FloatingPointError):

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper
@@ -10,35 +9,12 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from pycocotools import mask as mask_util
 
-from fgd.data.coco_json import summarize
 from fgd.data.datasets import register_from_config
 from fgd.errors import UserError
 from tests.conftest import make_tiny_cfg
-
-from .coco_files import coco_dict, write_coco
-
-POLYGON = [4.0, 6.0, 24.0, 6.0, 24.0, 16.0, 4.0, 16.0]  # the box of coco_dict
-
-
-def rle(compressed):
-    found = mask_util.frPyObjects([POLYGON], 48, 64)[0]
-    if compressed:
-        return {**found, "counts": found["counts"].decode()}
-    pixels = mask_util.decode(found).ravel(order="F")
-    changes = np.flatnonzero(np.diff(pixels)) + 1
-    return {"size": [48, 64], "counts": np.diff([0, *changes, pixels.size]).tolist()}
-
-
-MASKS = {"polygon": [POLYGON], "compressed RLE": rle(True), "RLE": rle(False)}
-
-
-def masked(segmentation, **keys):
-    coco = coco_dict(**keys)
-    for entry in coco["annotations"]:
-        entry["segmentation"] = segmentation
-    return coco
+from tests.fgd_inputs.coco_files import coco_dict, write_coco
+from tests.fgd_inputs.test_coco import MASKS, POLYGON, masked, rle
 
 
 def mask_cfg(folder, coco, mask_format="polygon"):
@@ -101,63 +77,6 @@ def test_evaluation_knows_masks(kind, complete, tmp_path):
         results = evaluator.evaluate()
         assert results["bbox"]["AP"] == pytest.approx(100)
         assert results["segm"]["AP"] == pytest.approx(expected)
-
-
-def check(folder, coco, mask_format="polygon"):
-    path = write_coco(folder, coco)
-    return summarize(path, str(folder / "images"), mask_format)
-
-
-@pytest.mark.parametrize("kind", MASKS)
-def test_all_kinds_pass_where_they_may(kind, tmp_path):
-    assert check(tmp_path, masked(MASKS[kind]), "bitmask").boxes == 3
-    assert check(tmp_path, masked(MASKS[kind]), "").boxes == 3
-    if kind == "polygon":
-        assert check(tmp_path, masked(MASKS[kind])).boxes == 3
-
-
-@pytest.mark.parametrize(
-    "segmentation, said",
-    [
-        (None, "has no segmentation, but MODEL.MASK_ON needs a mask for every box"),
-        ([], "has no segmentation"),
-        (POLYGON, "expected polygons [[x, y"),
-        ("4 6 24 6", "expected polygons"),
-        ({"counts": [1]}, "or RLE {'size'"),
-        ([[4, 6, "24", 6, 4, 16]], "something else than finite numbers"),
-        ([[4, 6, float("nan"), 6, 4, 16]], "something else than finite numbers"),
-        ({"size": [64, 48], "counts": "x"}, "[64, 48], but its image has [height, width] [48, 64]"),
-        (rle(True), "set INPUT.MASK_FORMAT bitmask"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_faulty_mask_is_named_with_its_annotation(segmentation, said, tmp_path):
-    coco = masked([POLYGON])
-    coco["annotations"][1]["segmentation"] = segmentation
-    with pytest.raises(UserError) as caught:
-        check(tmp_path, coco)
-    assert said in str(caught.value) and "annotation 101" in str(caught.value)
-    assert "labels.json" in str(caught.value)
-
-
-def test_boxes_alone_need_no_mask_but_a_readable_field(tmp_path):
-    coco = coco_dict()
-    assert check(tmp_path, coco, "").boxes == 3
-    coco["annotations"][1]["segmentation"] = POLYGON  # Detectron2 would end in a TypeError
-    with pytest.raises(UserError, match="annotation 101 has segmentation"):
-        check(tmp_path, coco, "")
-
-
-def test_crowds_may_be_rle_and_dropped_boxes_need_no_mask(tmp_path):
-    coco = masked([POLYGON], images=5)
-    coco["annotations"][0].update(segmentation=rle(False), iscrowd=1)
-    coco["annotations"][1].update(segmentation=None, bbox=[1, 1, 0, 5])
-    coco["annotations"][2]["segmentation"] = [[4, 6, 24, 6], [1, 2, 3]]  # no three points
-    summary = check(tmp_path, coco)
-    assert summary.boxes == 3 and not summary.complete
-    assert summary.dropped_text() == (
-        "2 boxes dropped (1 zero area, 1 without a polygon of three points)"
-    )
 
 
 def test_what_is_said_to_be_dropped_is_dropped(tmp_path):

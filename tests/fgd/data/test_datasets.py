@@ -15,8 +15,7 @@ from fgd.data import datasets
 from fgd.data.datasets import coco_ground_truth, register_from_config, test_dataset
 from fgd.errors import UserError
 from fgd.processes.launch import launch
-
-from .coco_files import coco_dict, write_coco
+from tests.fgd_inputs.coco_files import coco_dict, write_coco
 
 
 def json_cfg(folder, coco=None, **keys):
@@ -53,7 +52,7 @@ def test_json_files_become_datasets_by_config_keys_alone(tmp_path):
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["ant", "zebra"]
     assert metadata.thing_dataset_id_to_contiguous_id == {7: 0, 90: 1}
-    assert metadata.json_file == cfg.DATASETS.JSON.TRAIN
+    assert metadata.coco_file.path == cfg.DATASETS.JSON.TRAIN
     first = DatasetCatalog.get(name)[0]
     assert first["file_name"] == str(tmp_path / "images" / "0.png")
     (annotation,) = first["annotations"]
@@ -78,25 +77,16 @@ def test_files_of_one_name_or_one_place_never_share_a_dataset(tmp_path):
         ).DATASETS.TRAIN,
     ]
     assert len(set(names)) == 4
-    assert [len(image_ids(name)) for (name,) in names] == [
-        2,
-        3,
-        2,
-        1,
-    ]  # the first file was replaced
+    # The first file was replaced after it had been read.
+    assert [len(image_ids(name)) for (name,) in names] == [3, 3, 2, 1]
 
 
-def test_image_folder_beside_the_json_its_own_or_as_given(tmp_path):
+def test_the_image_folder_is_a_key(tmp_path):
     cfg = json_cfg(tmp_path)
-    path = cfg.DATASETS.JSON.TRAIN
-    assert datasets._image_root(path, "") == str(tmp_path / "images")
-    up = str(tmp_path / "annotations" / "train.json")
-    assert datasets._image_root(up, "") == str(tmp_path / "images")
     cfg.DATASETS.JSON.TRAIN_IMAGES = str(tmp_path / "photos")
     os.rename(tmp_path / "images", tmp_path / "photos")
     (name,) = register_from_config(cfg, splits=("TRAIN",)).DATASETS.TRAIN
     assert DatasetCatalog.get(name)[0]["file_name"] == str(tmp_path / "photos" / "0.png")
-    assert datasets._image_root(path, "") == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from PIL import Image
 
 from deploy.errors import UserError as ServingError
 from deploy.serving import preprocess
-from fgd.data import images
 from fgd.data.images import BadImage, read_image
 from fgd.data.stream import build_train_stream, plan_batches
 from fgd.engine.trainer import FGDTrainer
@@ -109,9 +108,27 @@ def test_what_would_be_misread_is_refused_as_in_serving(name, tmp_path):
         preprocess.load_image(tmp_path / name)
 
 
-def test_the_rules_are_those_of_serving():
-    assert images.EIGHT_BIT_MODES == preprocess._EIGHT_BIT_MODES
-    assert images.MAX_PIXELS == preprocess.MAX_PIXELS
+@pytest.mark.parametrize("suffix", ["ppm", "pgm", "jp2", "webp", "tif", "gif", "bmp"])
+def test_one_list_of_formats(suffix, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(pixels)
+    (image.convert("L") if suffix == "pgm" else image).save(path)
+    found = read_image(str(path), "BGR")
+    assert found.shape == (12, 15, 3)
+    np.testing.assert_array_equal(preprocess.load_image(path), found)
+    assert preprocess.find_images([tmp_path]) == [path]
+
+
+def test_no_other_program_is_started(tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (9, 9)).save(path, "EPS")
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **options: pytest.fail("started"))
+    with pytest.raises(BadImage, match="cannot read image .*x.png: cannot identify"):
+        read_image(str(path), "RGB")
+    with pytest.raises(ServingError, match="cannot read image"):
+        preprocess.load_image(path)
 
 
 def truncate(path):

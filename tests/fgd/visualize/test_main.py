@@ -109,16 +109,18 @@ def test_an_image_has_exactly_one_entry(tmp_path):
         for i, name in enumerate(["a.png", "sub/a.png", "b.png"])
     ]
     boxes = [[0, 0, 4, 4], [0, 0, 0, 4]]  # the second has no area
-    annotations = [{"image_id": 2, "bbox": box} for box in boxes]
+    annotations = [{"image_id": 2, "category_id": 1, "bbox": box} for box in boxes]
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "cell"}]
     path = tmp_path / "x.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    path.write_text(json.dumps(content))
     (record,) = find_records(str(path), ["photos/b.png"]).values()
     assert [x["bbox"] for x in record["annotations"]] == [[0, 0, 4, 4]]
     for name, count in {"c.png": 0, "sub/a.png": 2}.items():
         with pytest.raises(UserError, match=f"has {count} entries for {name}"):
             find_records(str(path), [name])
     path.write_text('{"images": 3}')
-    with pytest.raises(UserError, match="is not a COCO JSON"):
+    with pytest.raises(UserError, match="is not COCO format"):
         find_records(str(path), ["a.png"])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import logging
 import os
@@ -11,15 +10,13 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.coco import convert_to_coco_dict
-from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from ..processes.together import on_main_process
-from .coco_json import CocoSummary, bad_box, summarize
-from .coco_masks import MASK_FORMATS
 from .drawing import ShapesSettings
+from .json_sets import register_json
 from .shapes import generate
 
 __all__ = ["add_data_config", "coco_ground_truth", "register_from_config", "test_dataset"]
@@ -91,26 +88,13 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
     json_cfg = cfg.DATASETS.JSON
     for split in splits:
         if json_cfg[split]:
-            limit = json_cfg.TRAIN_LIMIT if split == "TRAIN" else 0
-            images, masks = json_cfg[f"{split}_IMAGES"], _mask_format(cfg, split)
-            name = _register_json(json_cfg[split], images, cfg, limit, masks=masks)
+            name = register_json(json_cfg[split], json_cfg[f"{split}_IMAGES"], cfg, split)
             cfg.DATASETS[split] = (name,)
         else:
             cfg.DATASETS[split] = tuple(_resolve(name, cfg) for name in cfg.DATASETS[split])
     if frozen:
         cfg.freeze()
     return cfg
-
-
-def _mask_format(cfg: CfgNode, split: str) -> str:
-    """What masks of a split must be: INPUT.MASK_FORMAT for training, any to evaluate, "" none."""
-    if not cfg.MODEL.MASK_ON:
-        return ""
-    if cfg.INPUT.MASK_FORMAT not in MASK_FORMATS:
-        raise UserError(
-            f"INPUT.MASK_FORMAT: {cfg.INPUT.MASK_FORMAT!r} is neither 'polygon' nor 'bitmask'"
-        )
-    return cfg.INPUT.MASK_FORMAT if split == "TRAIN" else "bitmask"
 
 
 def _resolve(name: str, cfg: CfgNode) -> str:
@@ -149,88 +133,8 @@ def _register_shapes(split: str, cfg: CfgNode) -> str:
     folder = root / f"{split}-{settings.digest}"
     on_main_process(lambda: generate(folder, settings))
     # Every process now finds the files, or, on a machine without shared disk, writes its own.
-    return _register_json(str(generate(folder, settings)), "", cfg, prefix=f"shapes_{split}")
-
-
-def _image_root(json_file: str, images: str) -> str:
-    if images:
-        return os.path.abspath(os.path.expanduser(images))
-    folder = os.path.dirname(json_file)
-    # Beside the JSON, or beside the folder "annotations" that it is in.
-    usual = [os.path.join(parent, "images") for parent in (folder, os.path.dirname(folder))]
-    return next((path for path in usual if os.path.isdir(path)), folder)
-
-
-def _register_json(
-    json_file: str, images: str, cfg=None, limit: int = 0, prefix: str = "", masks: str = ""
-) -> str:
-    """Check and register one JSON under a name that belongs to it alone.
-
-    Args:
-        masks: the mask format to check it for; "" = boxes only.
-    """
-    json_file = os.path.abspath(os.path.expanduser(json_file))
-    image_root = _image_root(json_file, images)
-    if limit < 0:
-        raise UserError(f"DATASETS.JSON.TRAIN_LIMIT is {limit}; expected a number of images or 0")
-    name = f"{prefix or Path(json_file).stem}_{_digest(json_file, image_root, limit, masks)}"
-    if name in DatasetCatalog.list():
-        return name
-    summary = summarize(json_file, image_root, masks)
-    DatasetCatalog.register(name, lambda: _load(json_file, image_root, name, limit))
-    metadata = MetadataCatalog.get(name)
-    metadata.set(
-        thing_classes=summary.class_names,
-        thing_dataset_id_to_contiguous_id={c: i for i, c in enumerate(summary.category_ids)},
-        image_root=image_root,
-        evaluator_type="coco",
-    )
-    # Without json_file, Detectron2's COCO evaluator takes the ground truth from the loaded dataset,
-    # which is right for a subset, dropped boxes, and files without "area" or "iscrowd".
-    if summary.complete and not limit:
-        metadata.json_file = json_file
-    _report(name, json_file, summary, cfg)
-    return name
-
-
-def _digest(json_file: str, image_root: str, limit: int, masks: str) -> str:
-    """Eight hex digits of the file's content, where it is, and how it is read."""
-    digest = hashlib.sha256(f"{json_file}\n{image_root}\n{limit}\n{masks}".encode())
-    try:
-        with open(json_file, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"dataset JSON {json_file} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()[:8]
-
-
-def _load(json_file: str, image_root: str, name: str, limit: int) -> list[dict]:
-    """Detectron2 dataset dicts, in the order of image ids, without the unusable boxes."""
-    records = load_coco_json(json_file, image_root, name)
-    if 0 < limit < len(records):
-        records = [records[i * len(records) // limit] for i in range(limit)]
-    for record in records:
-        record["annotations"] = [
-            annotation
-            for annotation in record["annotations"]
-            if bad_box(annotation["bbox"], record["height"], record["width"]) is None
-        ]
-    return records
-
-
-def _report(name: str, json_file: str, summary: CocoSummary, cfg) -> None:
-    """Log what was found; list dropped boxes in OUTPUT_DIR/data_report.json (main process)."""
-    logger.info(f"{name}: {summary.images} images, {summary.boxes} boxes from {json_file}")
-    if not summary.dropped:
-        return
-    logger.warning(f"{name}: {summary.dropped_text()} of {json_file}")
-    if cfg is not None and comm.is_main_process():
-        path = Path(cfg.OUTPUT_DIR, "data_report.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = json.loads(path.read_text()) if path.exists() else {}
-        report[name] = {"json": json_file, "dropped": summary.dropped}
-        path.write_text(json.dumps(report, indent=1))
+    path = str(generate(folder, settings))
+    return register_json(path, "", cfg, split.upper(), prefix=f"shapes_{split}")
 
 
 def test_dataset(spec: str, images: str | None = None) -> str:
@@ -246,7 +150,7 @@ def test_dataset(spec: str, images: str | None = None) -> str:
         return _check_registered(spec)
     if not (spec.endswith(".json") or os.path.exists(spec)):
         _check_registered(spec)  # raises, with similar names
-    return _register_json(spec, images or "")
+    return register_json(spec, images or "")
 
 
 test_dataset.__test__ = False  # its name makes pytest take it for a test
@@ -255,6 +159,13 @@ test_dataset.__test__ = False  # its name makes pytest take it for a test
 def coco_ground_truth(name: str) -> dict:
     """The dataset as a COCO dict with every key that pycocotools' evaluation reads.
 
-    Image ids, category ids and boxes are the file's own; unusable boxes are left out.
+    Of a JSON of the user's that is `CocoFile.truth`; of other sets the file that they name, or what
+    Detectron2 makes of the loaded set.
     """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("coco_file") is not None:
+        return metadata.coco_file.truth()
+    if metadata.get("json_file"):
+        with PathManager.open(metadata.json_file) as file:
+            return json.load(file)
     return {"annotations": [], **convert_to_coco_dict(name)}

@@ -9,19 +9,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
 
-from ..errors import UserError
+from fgd_inputs.image_files import BadImage, open_image
+
 from .augmentation import CropWhereLarge, NoiseWhereSmall, sample_input
-
-MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb: 32 kB can claim 268 Mpx
-# Modes whose conversion to RGB keeps 8 bits per channel as they are. The others ("I;16", "I", "F",
-# "LAB") would be clipped to white or misread without a word.
-EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-
-
-class BadImage(UserError):
-    """An image file that cannot be used: which, and why."""
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
@@ -33,31 +24,13 @@ def read_image(path: str, image_format: str) -> np.ndarray:
         (H, W, C) uint8, 0..255, upright: EXIF orientation is applied, alpha is dropped, grey is
         repeated, palette and CMYK are converted; of 16-bit colour the high bytes are taken.
     Raises:
-        BadImage: missing, damaged, above `MAX_PIXELS`, or not 8 bits per channel, which Detectron2
-            clips at 255; names the file.
+        BadImage: see `fgd_inputs.image_files.open_image`; names the file.
     """
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"image {path}: {width}x{height} is more than {MAX_PIXELS} pixels")
-            if image.mode not in EIGHT_BIT_MODES:
-                raise BadImage(
-                    f"image {path}: mode {image.mode!r} is not 8 bits per channel; convert it first"
-                )
-            return detection_utils.convert_PIL_to_numpy(_upright(image), image_format)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders meet damaged bytes with any exception type
-        raise BadImage(f"cannot read image {path}: {error or type(error).__name__}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        # Loads first: loading turns a TIFF, and Detectron2, which looks before, turns it twice.
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block; Detectron2 ignores it as well (its issue 1885)
-        return image
+        with PathManager.open(path, "rb") as file, open_image(file, path) as image:
+            return detection_utils.convert_PIL_to_numpy(image, image_format)
+    except OSError as error:
+        raise BadImage(f"cannot read image {path}: {error}") from error
 
 
 class ImageMapper(DatasetMapper):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Dict, Iterator
+from typing import Dict, Iterator, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
@@ -18,7 +18,9 @@ from .. import compat
 from ..data.images import ImageMapper
 from ..data.workers import supervise, supervised_batches
 from ..errors import StoppedError, UserError
+from ..files import atomic_write
 from ..processes.stop import agreed, requested
+from ..processes.together import on_main_process
 
 SAME_AP = 0.05  # points
 
@@ -34,9 +36,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
     if MetadataCatalog.get(dataset_name).get("evaluator_type") == "pascal_voc":
         evaluator = PascalVOCDetectionEvaluator(dataset_name)
     else:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluator = COCOEvaluator(
             dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            tasks=_use_truth(dataset_name, folder, keypoints=cfg.MODEL.KEYPOINT_ON),
+            output_dir=folder,
             use_fast_impl=compat.has_fast_coco_eval(),
         )
     return DatasetEvaluators([StopBeforeScoring(), evaluator])
@@ -77,6 +81,30 @@ def average_precisions(results: dict, prefix: str = "") -> Dict[str, float]:
         elif name == "AP":
             found[f"{prefix}AP"] = value or 0.0
     return found
+
+
+def _use_truth(name: str, folder: str, *, keypoints: bool) -> Optional[Tuple[str, ...]]:
+    """Let Detectron2 evaluate against `CocoFile.truth`, which is written to ``folder``.
+
+    Returns:
+        What can be evaluated; None for all that the model gives. Sets that are not read from a JSON
+        of the user's are left as they are.
+    """
+    metadata = MetadataCatalog.get(name)
+    found = metadata.get("coco_file")
+    if found is None:
+        return None
+    path = os.path.join(folder, f"{name}_truth.json")
+    truth = json.dumps(found.truth()).encode()
+    os.makedirs(folder, exist_ok=True)
+    on_main_process(lambda: atomic_write(path, lambda file: file.write(truth)))
+    if not os.path.exists(path):  # on a machine without the main one's disk
+        atomic_write(path, lambda file: file.write(truth))
+    vars(metadata).pop("json_file", None)  # of an evaluation into another folder
+    metadata.json_file = path
+    if all("segmentation" in entry for entry in found.annotations):
+        return None
+    return ("bbox", "keypoints") if keypoints else ("bbox",)
 
 
 class StoppableLoader:

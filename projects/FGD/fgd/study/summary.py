@@ -7,7 +7,6 @@ from collections import defaultdict
 from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from ..data.datasets import coco_ground_truth, register_from_config
 from ..errors import UserError
@@ -122,11 +121,7 @@ def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List
 def ground_truth(cfg: CfgNode) -> dict:
     """The test set as a COCO dict, the one that Detectron2's evaluation uses."""
     (name,) = register_from_config(cfg, ("TEST",)).DATASETS.TEST
-    file = MetadataCatalog.get(name).get("json_file")
-    if not file:
-        return coco_ground_truth(name)
-    with open(file) as content:
-        return json.load(content)
+    return coco_ground_truth(name)
 
 
 def _detections(run: Run) -> List[dict]:

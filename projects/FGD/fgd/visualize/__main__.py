@@ -9,7 +9,6 @@ size; boxes are the ground truth of --dataset, or else what the student detects.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, Instances
 
-from ..data.coco_json import bad_box
+from fgd_inputs.coco import read_coco
+
+from ..data.json_sets import records
 from ..distillation.distiller import Distiller
 from ..errors import UserError
 from ..files import atomic_write
@@ -88,36 +89,18 @@ def find_records(json_file: str, paths: Sequence[str]) -> Dict[str, dict]:
     Raises:
         UserError: the JSON is not COCO's, or has not exactly one entry for an image.
     """
-    try:
-        with open(json_file) as file:
-            data = json.load(file)
-        entries = [(Path(x["file_name"]).parts, x) for x in data["images"]]
-        found = {}
-        for path in paths:
-            parts = Path(path).resolve().parts
-            hits = [x for end, x in entries if parts[-len(end) :] == end]
-            if len(hits) != 1:
-                raise UserError(f"--dataset {json_file} has {len(hits)} entries for {path}")
-            own = [x for x in data["annotations"] if x["image_id"] == hits[0]["id"]]
-            found[path] = _record(path, hits[0], own)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--dataset {json_file} is not a COCO JSON: {error!r}") from error
+    coco = read_coco(json_file, files=False)
+    for image in coco.images:
+        image["file"] = image["file_name"]
+    entries = [(Path(record["file_name"]).parts, record) for record in records(coco)]
+    found = {}
+    for path in paths:
+        parts = Path(path).resolve().parts
+        hits = [record for end, record in entries if parts[-len(end) :] == end]
+        if len(hits) != 1:
+            raise UserError(f"--dataset {json_file} has {len(hits)} entries for {path}")
+        found[path] = {**hits[0], "file_name": path}
     return found
-
-
-def _record(path: str, image: dict, annotations: Sequence[dict]) -> dict:
-    size = {key: image[key] for key in ("height", "width")}
-    usable = [
-        {
-            "bbox": x["bbox"],
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": 0,  # the maps know no classes
-            "iscrowd": x.get("iscrowd", 0),
-        }
-        for x in annotations
-        if bad_box(x["bbox"], **size) is None
-    ]
-    return {"file_name": path, **size, "annotations": usable}
 
 
 @torch.no_grad()
