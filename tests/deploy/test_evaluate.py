@@ -145,7 +145,7 @@ def test_graph_and_checkpoint_reach_the_same_ap(exported, tmp_path, arch, capsys
 
 
 def test_mask_ap_of_graph_and_checkpoint(tiny, tmp_path, capsys):
-    """Then a dataset without masks: box AP alone, and that is said; one of some masks is refused."""
+    """Then a dataset without masks: box AP alone, and that is said; of some masks: refused."""
     student, out = tiny("Mask R-CNN"), tmp_path / "r.json"
     eager = evaluate.load_eager(student.checkpoint, student.spec)
     dataset = write_scenes(tmp_path, eager)

@@ -108,7 +108,7 @@ def test_unusable_boxes_are_left_out_logged_and_listed(tmp_path, caplog):
     coco = coco_dict(images=4)
     coco["annotations"][1]["bbox"] = [9, 9, -4, 4]
     coco["annotations"][2]["bbox"] = [1, 1, 0, 4]
-    with caplog.at_level("WARNING", "fgd.data.datasets"):
+    with caplog.at_level("WARNING", "fgd.data.json_sets"):
         cfg = register_from_config(json_cfg(tmp_path, coco))
     assert "2 boxes dropped (1 inverted, 1 zero area)" in caplog.text
     (name,) = cfg.DATASETS.TEST
@@ -116,6 +116,22 @@ def test_unusable_boxes_are_left_out_logged_and_listed(tmp_path, caplog):
     report = json.loads((tmp_path / "output" / "data_report.json").read_text())
     assert [d["annotation"] for d in report[name]["dropped"]] == [101, 102]
     assert [a["image_id"] for a in coco_ground_truth(name)["annotations"]] == [10, 40]
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_boxes_of_whole_numbers_are_resized_as_others(tmp_path, number):
+    """Detectron2 resizes lists of integers in place, which cuts what lies behind the point."""
+    coco = coco_dict(images=1)
+    coco["annotations"][0]["bbox"] = [number(x) for x in (4, 6, 21, 11)]
+    cfg = json_cfg(tmp_path, coco)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (50,), "none"
+    cfg = register_from_config(cfg)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
+    (sample,) = next(iter(build_detection_train_loader(cfg)))
+    (box,) = sample["instances"].gt_boxes.tensor.tolist()
+    wide, high = sample["image"].shape[2] / 64, sample["image"].shape[1] / 48
+    assert box == pytest.approx([4 * wide, 6 * high, 25 * wide, 17 * high])
+    assert box[0] % 1 and box[3] % 1
 
 
 def test_file_without_iscrowd_area_and_segmentation_trains_and_evaluates(tmp_path):
