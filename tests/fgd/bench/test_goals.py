@@ -26,7 +26,7 @@ def test_a_step_is_judged_by_what_its_method_needs():
     assert step_bound("Any", maps, 0) == step_bound("Any", {"maps"}, 0) == (1.05, "")
     assert step_bound("Any", heads, 0) == step_bound("Any", heads | maps, 0) == (1.15, "")
     assert step_bound("Any", heads, 1000) == (1.15, "")  # modules on regions
-    for needs in (maps, heads | maps, {"maps"}):
+    for needs in (maps, heads | maps, {"maps"}, heads | {"student_maps"}):
         assert step_bound("Any", needs, 1000) == (None, "it trains modules on maps")
     bound, reason = step_bound("Any", maps | {"second_view"}, 0)
     assert bound is None and "twice" in reason

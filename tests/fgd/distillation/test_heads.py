@@ -498,4 +498,8 @@ def test_a_config_wires_it(headed, dense_cfg, make_batch, tmp_path, monkeypatch)
         "2. These work here: "
     )
     assert "\n" not in text and "Headed" not in text.split("These work here")[1]
-    assert needs.reasons(model.student, None, with_teacher=False).keys() >= {"teacher", "regions"}
+    assert needs.reasons(model.student, None, with_teacher=False).keys() == {
+        "teacher",
+        "region_logits",
+        "region_deltas",
+    }

@@ -6,18 +6,16 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from torchvision.ops import roi_align
 
 from fgd.config import student_config
 from fgd.distillation import needs
 from fgd.distillation.distiller import Distiller
 from fgd.distillation.regions import (
     RegionTap,
-    on_every_level,
     view_of,
     why_no_region_deltas,
     why_no_region_logits,
-    why_no_regions,
+    why_no_roi_heads,
 )
 from fgd.distillation.teacher import FrozenTeacher
 from fgd.errors import UserError
@@ -27,7 +25,7 @@ from ..training import distilled
 from .test_distiller import cascade_mask
 
 
-def region_distiller(tiny_cfg, student_cfg=None, teacher_cfg=None, needs=("region_levels",)):
+def region_distiller(tiny_cfg, student_cfg=None, teacher_cfg=None, needs=("regions",)):
     torch.manual_seed(0)
     student = build_model(student_cfg or tiny_cfg("GeneralizedRCNN"))
     model = build_model(teacher_cfg or tiny_cfg("GeneralizedRCNN", channels=24))
@@ -100,23 +98,6 @@ def test_the_teacher_sees_the_same_boxes(tiny_cfg, make_batch):
     assert batch.teacher == {}
 
 
-def test_features_on_every_level_are_roi_align_at_each_stride(tiny_cfg, make_batch):
-    distiller, _ = region_distiller(tiny_cfg)
-    batch, _, recorded = look(distiller, make_batch())
-    regions = batch.regions
-    found = regions.every_level
-    assert found.shape == (4, len(regions.labels), 16, 7, 7)
-    for level, (maps, stride) in enumerate(zip(recorded.maps, (4, 8, 16, 32), strict=True)):
-        wanted = roi_align(maps, regions.boxes, (7, 7), 1 / stride, 0, aligned=True)
-        torch.testing.assert_close(found[level], wanted)
-    # The level that the box head itself pools from is one of them.
-    same = (found == regions.student.features).flatten(2).all(2)
-    assert same.any(0).all()
-    assert region_distiller(tiny_cfg, needs=("regions",))[0] is not None
-    plain, _ = region_distiller(tiny_cfg, needs=("regions",))
-    assert look(plain, make_batch())[0].regions.every_level is None
-
-
 def test_images_without_objects(tiny_cfg, make_batch):
     distiller, _ = region_distiller(tiny_cfg)
     batch = make_batch()
@@ -152,18 +133,12 @@ def test_no_boxes_at_all(tiny_cfg, make_batch):
         outputs = model.backbone(model.preprocess_image(make_batch()).tensor)
     view = view_of(model.roi_heads, outputs, [Boxes(torch.zeros(0, 4))] * 2)
     assert view.features.shape == (0, 16, 7, 7) and view.logits.shape == (0, 4)
-    tap = RegionTap(model.roi_heads)
-    model.train()
-    with EventStorage():
-        model(make_batch())
-    empty = tap.pop()._replace(boxes=[Boxes(torch.zeros(0, 4))] * 2)
-    assert on_every_level(model.roi_heads, empty).shape == (4, 0, 16, 7, 7)
 
 
 def test_pairs_without_regions_are_told_apart(tiny_cfg):
     dense, rcnn = build_model(tiny_cfg()), build_model(tiny_cfg("GeneralizedRCNN"))
-    assert why_no_regions(rcnn, rcnn) == why_no_region_logits(rcnn, None) == ""
-    assert "the student, RetinaNet, has no RoI heads" in why_no_regions(dense, rcnn)
+    assert why_no_roi_heads(rcnn, rcnn) == why_no_region_logits(rcnn, None) == ""
+    assert "the student, RetinaNet, has no RoI heads" in why_no_roi_heads(dense, rcnn)
     assert "the teacher, RetinaNet, has no RoI heads" in why_no_region_logits(rcnn, dense)
     cfg = tiny_cfg("GeneralizedRCNN")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 5
@@ -172,8 +147,6 @@ def test_pairs_without_regions_are_told_apart(tiny_cfg):
     )
     assert needs.reasons(dense, None, with_teacher=False).keys() == {
         "teacher",
-        "regions",
-        "region_levels",
         "region_logits",
         "region_deltas",
     }

@@ -21,6 +21,13 @@ OPTIONS: dict = {
     "CrossKD": ("MODEL.DISTILLER.CROSSKD.REUSED_FROM", 1),
 }
 
+# Of methods that compare with what other processes see, under MODEL too: without those terms the
+# gradient of two processes is the mean of what each gives alone. What those terms give there, the
+# method's own tests say (`gdetkd/test_processes.py`).
+ALONE: dict = {
+    "GDetKD": ("MODEL.DISTILLER.GDETKD.CKD_WEIGHT", 0.0),
+}
+
 
 def detector_of(name: str) -> str:
     """The first architecture whose pairs have what the method needs."""

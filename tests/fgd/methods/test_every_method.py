@@ -16,7 +16,7 @@ from tests.conftest import make_training_batch
 from tests.fgd.engine.test_trainer import assert_same_end, load, train
 from tests.fgd.training import training_cfg
 
-from .every import METHODS, build, distil_on_two, gradients, halves, tiny_pair
+from .every import ALONE, METHODS, build, distil_on_two, gradients, halves, tiny_pair
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -126,6 +126,8 @@ def on_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     batches = halves(make_training_batch)
     configs = {name: tiny_pair(name, folder) for name in METHODS}
+    for name, options in ALONE.items():
+        configs[name].merge_from_list(list(options))
     texts = {name: cfg.dump() for name, cfg in configs.items()}
     assert launch(distil_on_two, (str(folder), batches, texts), device="cpu", processes=2) == 0
     ranks = [torch.load(folder / f"rank{r}.pth", weights_only=True) for r in range(2)]
@@ -133,7 +135,10 @@ def on_two(tmp_path_factory):
 
 
 def test_two_processes_distil_as_one(name, on_two):
-    """DDP's gradient is the mean of what each half of the batch gives alone."""
+    """DDP's gradient is the mean of what each half of the batch gives alone.
+
+    Without terms in which processes see each other's half (`every.ALONE`).
+    """
     configs, batches, ranks = on_two
     alone = []
     for rank, batch in enumerate(batches):

@@ -74,7 +74,7 @@ def step_bound(method: str, needs: AbstractSet[str], parameters: int) -> StepBou
         return StepBound(STEP)
     for need in sorted(needs & NO_STEP_GOAL.keys()):
         return StepBound(None, NO_STEP_GOAL[need])
-    if parameters and "maps" in needs:
+    if parameters and {"maps", "student_maps"} & needs:
         return StepBound(None, "it trains modules on maps")
     return StepBound(STEP if needs <= MAPS else STEP_WITH_HEADS)
 

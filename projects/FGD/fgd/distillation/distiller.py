@@ -6,20 +6,22 @@ from typing import Callable, Collection, Dict, List, NamedTuple, Optional, Seque
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import Boxes
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..config import student_config
 from ..errors import UserError
-from ..methods.batch import Batch, Cut, Heads, Regions, SecondView
+from ..methods.batch import Batch, Cut, Heads, Regions, RegionView, SecondView
 from ..methods.method import Table, over_levels
 from .config import asked_cuts, asked_for, check_distiller
+from .dense_regions import dense_regions, propose, tower_end
 from .heads import HeadTap, RecordedHead, check_grids, heads_of
 from .inherit import heritage, inherit
 from .needs import wants_regions
 from .plan import freeze_teacher, make_plan, summarize
-from .regions import Recorded, RegionTap, regions_of
+from .regions import Recorded, RegionTap, has_roi_heads, regions_of
 from .schedule import ALWAYS, Schedule, schedule_from_config
 from .second_view import check_second_images, has_second_images, look_again
 from .taps import FeatureTap, Source, Sources, read_levels
@@ -28,6 +30,7 @@ from .teacher import FrozenTeacher, TeacherView, build_teacher
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, Tensor]  # by the student's level
+_SAMPLING = 1 << 16  # of random numbers, which methods key by level and image
 
 
 class Seen(NamedTuple):
@@ -104,8 +107,13 @@ class Distiller(nn.Module):
         self.asked_for, self._cuts = frozenset(asked_for), cuts
         if distillation is not None:
             self._tap = FeatureTap(student.backbone, sources)
-        self._region_tap = RegionTap(student.roi_heads) if wants_regions(self.asked_for) else None
-        self._head_tap = HeadTap(student, cuts) if "heads" in self.asked_for else None
+        regions = wants_regions(self.asked_for)
+        two_stage = has_roi_heads(student)
+        self._region_tap = RegionTap(student.roi_heads) if regions and two_stage else None
+        self._dense_regions = regions and not two_stage
+        end = [tower_end(student)] if self._dense_regions else []
+        heads = "heads" in self.asked_for or self._dense_regions
+        self._head_tap = HeadTap(student, [*cuts, *end]) if heads else None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -184,7 +192,7 @@ class Distiller(nn.Module):
             taught = self.teacher.look(batched_inputs, padded_size)
         self._check_grids(features, taught.maps, padded_size)
         instances = [x["instances"].to(self.device) for x in batched_inputs]
-        return Batch(
+        batch = Batch(
             student=features,
             teacher=taught.maps,
             instances=instances,
@@ -193,10 +201,15 @@ class Distiller(nn.Module):
             iteration=iteration,
             seed=self.seed,
             rank=comm.get_rank(),
-            regions=None if recorded is None else self._regions(recorded, taught),
-            heads=None if head is None else self._heads(head, taught, instances),
             second_view=self._second_view(batched_inputs, padded_size),
         )
+        if recorded is not None:
+            batch.regions = self._regions(recorded, taught)
+        if head is not None and self._dense_regions:
+            batch.regions = self._regions_of_head(head, taught, batch)
+        if head is not None and "heads" in self.asked_for:
+            batch.heads = self._heads(head, taught, instances)
+        return batch
 
     def _second_view(
         self, batched_inputs: List[dict], padded_size: Tuple[int, int]
@@ -212,11 +225,19 @@ class Distiller(nn.Module):
         return view
 
     def _regions(self, recorded: Recorded, taught: TeacherView) -> Regions:
-        view = None
-        if self.teacher is not None and "roi_heads" in self.teacher.parts:
-            view = self.teacher.regions(taught.outputs, recorded.boxes)
-        every_level = "region_levels" in self.asked_for
-        return regions_of(recorded, self.student.roi_heads, view, every_level)
+        view = self._teacher_of(recorded.boxes, taught)
+        return regions_of(recorded, self.student.roi_heads, view)
+
+    def _regions_of_head(self, head: RecordedHead, taught: TeacherView, batch: Batch) -> Regions:
+        generator = batch.generator(self.device, _SAMPLING)
+        found = propose(head, self.student, batch.instances, batch.image_sizes, generator)
+        view = self._teacher_of([Boxes(x.boxes) for x in found], taught)
+        return dense_regions(found, head, self.student, view)
+
+    def _teacher_of(self, boxes: List[Boxes], taught: TeacherView) -> Optional[RegionView]:
+        if self.teacher is None or "roi_heads" not in self.teacher.parts:
+            return None
+        return self.teacher.regions(taught.outputs, boxes)
 
     def _heads(self, recorded: RecordedHead, taught: TeacherView, instances: list) -> Heads:
         if self.teacher is None:

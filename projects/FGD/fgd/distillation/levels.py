@@ -62,8 +62,14 @@ def _method_levels(
     """Levels of the pyramid, and stages of the bottom-up network, each against their like."""
     names = level_names(method, cfg, student)
     node = method.node(cfg)
-    if "teacher" not in method.needs_of(node) or teacher is None:
+    if not {"teacher", "maps"} <= method.needs_of(node) or teacher is None:
         shapes = {**student.stages, **student.levels}
+        for name in names:
+            if name not in shapes:
+                raise UserError(
+                    f"MODEL.DISTILLER.LEVELS: the student has no level {name!r}; it has "
+                    f"{', '.join(shapes)}"
+                )
         return [
             Level(k, shapes[k].channels, 0, "", shapes[k].stride or 0, k in student.stages)
             for k in names
@@ -89,7 +95,7 @@ def level_names(method: Type[Method], cfg: CfgNode, student: Outputs) -> List[st
     Raises:
         UserError: LEVELS is empty and the student's architecture has no default.
     """
-    if "maps" not in method.needs_of(method.node(cfg)):
+    if not {"maps", "student_maps"} & method.needs_of(method.node(cfg)):
         return []
     if cfg.MODEL.DISTILLER.LEVELS:
         return list(cfg.MODEL.DISTILLER.LEVELS)

@@ -9,8 +9,9 @@ from ..data.second_images import KEY as SECOND_IMAGES
 from ..errors import UserError
 from ..methods.batch import Cut
 from ..methods.method import METHOD_REGISTRY, NEEDS, Method, chosen_methods
+from .dense_regions import why_no_region_embeddings, why_no_regions
 from .heads import why_no_heads
-from .regions import why_no_region_deltas, why_no_region_logits, why_no_regions
+from .regions import why_no_region_deltas, why_no_region_logits
 
 
 def wants_regions(asked_for: Collection[str]) -> bool:
@@ -33,7 +34,7 @@ def reasons(
     found = {
         "teacher": "" if teacher is not None else "there is none",
         "regions": why_no_regions(student, other),
-        "region_levels": why_no_regions(student, other),
+        "region_embeddings": why_no_region_embeddings(student, other),
         "region_logits": why_no_region_logits(student, other),
         "heads": why_no_heads(student, other, cuts),
         "region_deltas": why_no_region_deltas(student, other),

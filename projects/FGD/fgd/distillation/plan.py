@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..methods.batch import Level
 from ..methods.method import Method, build_method
 from .config import asked_of_teacher, teacher_name
+from .dense_regions import region_sizes
 from .levels import Outputs, level_table, plan_levels
 from .needs import check_needs, wants_regions
 from .schedule import schedule_from_config
@@ -41,12 +42,15 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
     if not cfg.MODEL.DISTILLER.METHOD:
         return Plan()
     check_needs(cfg, student, teacher)
+    asked, regions = asked_of_teacher(cfg), None
+    if {"regions", "region_embeddings"} & asked:
+        regions = region_sizes(student, teacher)
     student, teacher = student.backbone, teacher and teacher.backbone
-    if asked_of_teacher(cfg):
+    if asked:
         _check_padding(student, teacher)
     outputs = Outputs.of(student), teacher and Outputs.of(teacher)
     levels = plan_levels(cfg, *outputs)
-    method = build_method(cfg, levels)
+    method = build_method(cfg, levels, regions)
     merged: Dict[str, Level] = {}
     for level in (level for own in levels.values() for level in own):
         if level.teacher_name or level.name not in merged:
@@ -58,7 +62,8 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
         _log_levels(outputs, [level for level in merged.values() if level.teacher_name])
     sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
     for who, side in zip(("student", "teacher"), sources):
-        logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
+        if side:
+            logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
     taught = [(cls, x) for cls, own in levels.items() for x in own if x.teacher_name]
     same_grid = [x.name for cls, x in taught if cls.same_grid]
     return Plan(method, levels, *sources, same_grid)

@@ -75,24 +75,11 @@ def view_of(roi_heads: nn.Module, outputs: Mapping[str, Tensor], boxes: List[Box
     return RegionView(features, embedding, logits, deltas)
 
 
-def on_every_level(roi_heads: nn.Module, recorded: Recorded) -> Tensor:
-    """(L, R, C, S, S): the student's features of each region on every level, finest first."""
-    images = torch.arange(len(recorded.boxes), device=recorded.maps[0].device)
-    counts = torch.tensor([len(x) for x in recorded.boxes], device=images.device)
-    boxes = Boxes.cat(recorded.boxes).tensor
-    rows = torch.cat([images.repeat_interleave(counts)[:, None].to(boxes), boxes], dim=1)
-    poolers = roi_heads.box_pooler.level_poolers
-    return torch.stack([pool(x, rows) for pool, x in zip(poolers, recorded.maps, strict=True)])
-
-
-def regions_of(
-    recorded: Recorded, student: nn.Module, teacher: Optional[RegionView], every_level: bool = False
-) -> Regions:
+def regions_of(recorded: Recorded, student: nn.Module, teacher: Optional[RegionView]) -> Regions:
     """Everything about the student's sampled proposals of one batch.
 
     Args:
         student: its RoI heads. teacher: what the teacher says of the same boxes.
-        every_level: also `on_every_level`.
     """
     boxes = [x.tensor.detach() for x in recorded.boxes]
     labels = [x.gt_classes for x in recorded.proposals]
@@ -109,21 +96,30 @@ def regions_of(
         student=recorded.view,
         teacher=teacher,
         delta_weights=first_stage(student.box_predictor).box2box_transform.weights,
-        every_level=on_every_level(student, recorded) if every_level else None,
     )
 
 
-def why_no_regions(student: nn.Module, teacher: Optional[nn.Module]) -> str:
-    """Why a pair has no regions in common; "" if it has."""
+def has_roi_heads(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "roi_heads", None), "box_pooler")
+
+
+def box_head_width(model: nn.Module) -> int:
+    """Length of the vector that the box head makes of a region; 0 if it is a map."""
+    shape = first_stage(model.roi_heads.box_head).output_shape
+    return shape.channels if shape.height is None else 0
+
+
+def why_no_roi_heads(student: Optional[nn.Module], teacher: Optional[nn.Module]) -> str:
+    """Why one of a pair has no second stage; "" if both have. None is not looked at."""
     for who, model in (("student", student), ("teacher", teacher)):
-        if model is not None and not hasattr(getattr(model, "roi_heads", None), "box_pooler"):
+        if model is not None and not has_roi_heads(model):
             return f"the {who}, {type(model).__name__}, has no RoI heads over a pyramid"
     return ""
 
 
 def why_no_region_logits(student: nn.Module, teacher: Optional[nn.Module]) -> str:
     """Why class logits of regions cannot be compared; "" if they can."""
-    reason = why_no_regions(student, teacher)
+    reason = why_no_roi_heads(student, teacher)
     if reason or teacher is None:
         return reason
     own, theirs = (x.roi_heads.num_classes for x in (student, teacher))

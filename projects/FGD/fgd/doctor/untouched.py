@@ -33,7 +33,12 @@ def untouched(model: nn.Module):
     Args:
         model: a plain detector or a Distiller, not wrapped.
     """
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    # A step may also put another tensor, of another shape, in a buffer's place.
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     attributes = {module: _plain(module) for module in model.modules()}
     try:
         # TorchScript rewrites a function after its first calls, with other rounding: not for us.
@@ -41,8 +46,8 @@ def untouched(model: nn.Module):
             yield
     finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for module, name, buffer, before in buffers:
+                setattr(module, name, buffer.copy_(before))
         for module, before in attributes.items():
             for name in _plain(module).keys() - before.keys():
                 delattr(module, name)  # some come into being with the first step

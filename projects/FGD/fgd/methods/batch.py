@@ -23,18 +23,33 @@ class Level(NamedTuple):
     stage: bool = False  # an output of the bottom-up network, below the pyramid
 
 
+class RegionSizes(NamedTuple):
+    """What modules for regions are built from; as Level is for maps."""
+
+    channels: int  # C of the teacher's RoI features
+    cells: int  # S of them, each way
+    student_width: int  # D of the student's embedding; 0 where it is no vector
+    teacher_width: int  # of the teacher's
+    anchors: int = 1  # per cell of a dense student; 1 for a two-stage one
+
+
 class RegionView(NamedTuple):
     """What one network makes of R regions; None for what its kind of head does not have."""
 
     features: Optional[Tensor]  # (R, C, S, S) pooled from the level of each region
-    embedding: Optional[Tensor]  # (R, D) of the box head
+    # (R, D) of the box head. Of a dense head its class tower's last map, in the cell that made the
+    # box.
+    embedding: Optional[Tensor]
     logits: Optional[Tensor]  # (R, K+1), the last one of background
     deltas: Optional[Tensor]  # (R, 4) or (R, 4K)
 
 
 @dataclass
 class Regions:
-    """The proposals that the student's second stage was trained on, R in all images together.
+    """Boxes that the student found, R in all images together.
+
+    Those that its second stage was trained on; of a dense student what
+    `fgd.distillation.dense_regions` samples from all that its head found.
 
     Attributes:
         boxes: of each image, (R_i, 4) XYXY in pixels of the network input, without gradient.
@@ -43,7 +58,8 @@ class Regions:
         student: gradients flow into it. teacher: of the same boxes, without gradient; None where no
             method looks at a teacher's regions.
         delta_weights: by which both scale box deltas, of (x, y, width, height).
-        every_level: (L, R, C, S, S) the student's features on each level; None unless asked for.
+        anchors: (R,) the number of the anchor, of those of its cell, that a dense student made the
+            box from; None for a two-stage student.
     """
 
     boxes: List[Tensor]
@@ -53,7 +69,7 @@ class Regions:
     student: RegionView
     teacher: Optional[RegionView]
     delta_weights: Tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
-    every_level: Optional[Tensor] = None
+    anchors: Optional[Tensor] = None
 
     @property
     def positive(self) -> Tensor:

@@ -4,7 +4,7 @@ A method is one file of this folder: a subclass of `Method`, registered, that ow
 their checks, and whatever it trains beside the student.
 """
 
-from typing import Dict, FrozenSet, List, Mapping, NamedTuple, Sequence, Tuple, Type
+from typing import Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .batch import Batch, Cut, Level
+from .batch import Batch, Cut, Level, RegionSizes
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 
@@ -23,8 +23,11 @@ Table = Dict[str, Dict[str, Tensor]]  # level → term → scalar; "regions" is 
 NEEDS = {
     "teacher": "a teacher, MODEL.DISTILLER.TEACHER",
     "maps": "levels of the backbone, MODEL.DISTILLER.LEVELS",
-    "regions": "RoI features of proposals",
-    "region_levels": "RoI features of proposals, the student's on every level",
+    "student_maps": "levels of the student's backbone, MODEL.DISTILLER.LEVELS, without partners",
+    "regions": "boxes of a two-stage student, a RetinaNet or an FCOS, and a two-stage teacher's "
+    "(Faster, Mask or Cascade R-CNN's) RoI features of them",
+    "region_embeddings": "vectors of boxes, by the heads of a two-stage student, a RetinaNet or an "
+    "FCOS and of a two-stage teacher (Faster, Mask or Cascade R-CNN)",
     "region_logits": "RoI logits and box deltas of proposals, of the same classes",
     "heads": "dense heads of one kind, with the same classes and anchors",
     "region_deltas": "box deltas of proposals, for each class and on one scale",
@@ -118,6 +121,17 @@ class Method(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, levels: Sequence[Level]) -> "Method":
         return cls(levels, cls.weights_of(cls.node(cfg)))
+
+    @classmethod
+    def from_pair(
+        cls, cfg: CfgNode, levels: Sequence[Level], regions: Optional[RegionSizes]
+    ) -> "Method":
+        """What the wiring calls: `from_config`, unless modules depend on the size of regions.
+
+        Args:
+            regions: None unless the method needs regions of student and teacher.
+        """
+        return cls.from_config(cfg, levels)
 
     @classmethod
     def weights_of(cls, node: CfgNode) -> Dict[str, float]:
@@ -226,7 +240,11 @@ def chosen_methods(cfg: CfgNode) -> List[Type[Method]]:
     return [METHOD_REGISTRY.get(name) for name in names]
 
 
-def build_method(cfg: CfgNode, levels: Mapping[Type[Method], Sequence[Level]]) -> nn.Module:
+def build_method(
+    cfg: CfgNode,
+    levels: Mapping[Type[Method], Sequence[Level]],
+    regions: Optional[RegionSizes] = None,
+) -> nn.Module:
     """The chosen method, or the `Sum` of those chosen, over the levels of each."""
-    methods = [method.from_config(cfg, own) for method, own in levels.items()]
+    methods = [method.from_pair(cfg, own, regions) for method, own in levels.items()]
     return methods[0] if len(methods) == 1 else Sum(methods)
