@@ -9,7 +9,7 @@ setup: $(VENV)/installed
 # Made once; again only when a file that says what to install changes.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt $(wildcard third_party/detectron2/*.*)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt ./third_party/detectron2 -e '.[deploy,dev]'
+	$(PYTHON) -m pip install -q -c constraints.txt ./third_party/detectron2 -e '.[deploy,dev,pretrained]'
 	touch $@
 
 demo: setup

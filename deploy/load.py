@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deploy.checks.receipt import origin_of
 from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
-from fgd.config import load_config, load_config_text, student_config
+from fgd.config import checkpoint_config, load_config, load_config_text
 from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.weights import load_complete, read_weights
 from fgd.yaml_config import leaves
@@ -99,15 +99,14 @@ def _inference_config(
     cfg: CfgNode, source: str, score_threshold: Optional[float], proposals: Optional[int]
 ) -> CfgNode:
     """The student's config for building it here: CPU, no weights of its own to fetch."""
-    cfg = student_config(cfg)
-    cfg.defrost()
+    cfg = checkpoint_config(cfg)
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture not in EXPORTABLE:
         raise UserError(
             f"{source}: MODEL.META_ARCHITECTURE {architecture!r} cannot be exported; "
             f"supported: {supported()}"
         )
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "cpu", "", False
+    cfg.MODEL.DEVICE = "cpu"
     if score_threshold is not None:
         if not 0 <= score_threshold < 1:
             raise UserError(f"--score-threshold {score_threshold} is not in [0, 1)")

@@ -55,7 +55,7 @@ def test_train_resume_evaluate(tmp_path, config_file, capfd):
     log = (out / "log.txt").read_text()
     for line in ("Distillation is OFF: plain RetinaNet", "Starting training from iteration 0"):
         assert log.count(line) == 1
-    assert 'MODEL.WEIGHTS is "": the student starts from its random initialisation' in log
+    assert 'MODEL.WEIGHTS is "": the student starts as built' in log
 
     lines = metrics(out)
     assert sum("bbox/AP" in line for line in lines) == 1

@@ -10,7 +10,7 @@ from .config import Keys, add_fgd_config, get_fgd_cfg, hand_in, load_config, stu
 from .data.augmentation import add_augmentation_config, check_augmentation
 from .data.datasets import add_data_config
 from .data.second_images import add_second_images_config
-from .detectors.backbones import add_timm_config
+from .detectors.backbones import add_timm_config, check_timm
 from .detectors.fcos import add_fcos_config
 from .detectors.reppoints import add_reppoints_config
 from .distillation.config import add_distiller_config, check_distiller
@@ -24,7 +24,7 @@ from .methods.fgd import FGD
 from .methods.fgd.terms import FGDLevelLoss, Weights
 
 hand_in(
-    Keys(add_timm_config),
+    Keys(add_timm_config, check_timm),
     Keys(add_fcos_config),
     Keys(add_reppoints_config),
     Keys(add_data_config),

@@ -114,6 +114,13 @@ def load_config_text(text: str, source: str) -> CfgNode:
     return cfg
 
 
+def checkpoint_config(cfg: CfgNode) -> CfgNode:
+    """`student_config` of a model that a checkpoint will fill: nothing else is fetched for it."""
+    student = student_config(cfg)
+    student.MODEL.WEIGHTS, student.MODEL.TIMM.PRETRAINED = "", False
+    return student
+
+
 def student_config(cfg: CfgNode) -> CfgNode:
     """A clone that builds the student alone: its meta-architecture, and no distiller node."""
     student = cfg.clone()

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .config import check_config, check_device, load_config, student_config
+from .config import check_config, check_device, checkpoint_config, load_config
 from .data.checks import check_class_count
 from .data.datasets import register_from_config
 from .doctor import command as doctor
@@ -162,7 +162,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
         path = found[0] if found else path
     if not path:
         raise UserError("--eval-only: name the checkpoint to evaluate with MODEL.WEIGHTS")
-    model = build_model(student_config(cfg))
+    model = build_model(checkpoint_config(cfg))
     report = load_complete(model, path, what="model")
     logger.info(f"Evaluating {path}: {report.summary()}")
     results = FGDTrainer.test(cfg, model)

@@ -230,6 +230,7 @@ def load_complete(
     what: str = "teacher",
     allow_partial: bool = False,
     left_out: Optional[Sequence[str]] = None,
+    rename: Optional[Callable[[dict], dict]] = None,
 ) -> LoadReport:
     """Load a weight file into ``model``, with Detectron2's own matching of names.
 
@@ -238,11 +239,14 @@ def load_complete(
         allow_partial: accept missing and mismatched names, as long as anything was loaded.
         left_out: the modules of the file that the model is built without; other names that the
             model lacks are then not accepted either. None = the file may hold more.
+        rename: makes the file's names the model's, in place of Detectron2's matching.
     Raises:
         UserError: anything is missing or has another shape (unless allowed), nothing was loaded,
             or a value is NaN or infinite (never allowed). The model is then partly overwritten.
     """
     checkpoint = read_weights(path)
+    if rename is not None:
+        checkpoint = {"model": rename(checkpoint["model"])}
     try:
         incompatible = DetectionCheckpointer(model)._load_model(checkpoint)
     except (ValueError, RuntimeError) as error:

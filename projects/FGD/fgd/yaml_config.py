@@ -9,6 +9,8 @@ lists, arithmetic, comprehensions); every other python tag is refused.
 import ast
 import operator
 import os
+from functools import reduce
+from operator import getitem
 from typing import Any, Iterator, Tuple
 
 import yaml
@@ -26,6 +28,7 @@ _OPERATORS = {
     ast.USub: operator.neg,
 }
 _MODEL_ZOO = "model_zoo://"
+_SEVERAL_TYPES = frozenset({"MODEL.TIMM.PRETRAINED"})  # keys that take values of several types
 _MAX_EXPONENT = 64  # 2**64 is beyond any config; bounds the time and memory of `**`
 
 
@@ -110,6 +113,20 @@ def parse_yaml(text: str, source: str) -> dict:
 
 class SafeCfgNode(CfgNode):
     """Detectron2's CfgNode whose files, ``_BASE_`` files included, are read by `parse_yaml`."""
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        self._let_types_change([key for key, _ in leaves(cfg_other)])
+        super().merge_from_other_cfg(cfg_other)
+
+    def merge_from_list(self, cfg_list: list) -> None:
+        self._let_types_change(cfg_list[::2])
+        super().merge_from_list(cfg_list)
+
+    def _let_types_change(self, keys: list) -> None:
+        """yacs takes a value of another type only in place of None."""
+        for key in _SEVERAL_TYPES.intersection(keys):
+            path, _, name = key.rpartition(".")
+            reduce(getitem, path.split("."), self)[name] = None
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:

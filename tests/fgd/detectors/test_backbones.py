@@ -221,7 +221,6 @@ def test_frozen_batch_norm_keeps_activations_and_ignores_the_batch(monkeypatch):
         ({"NAME": "vit_tiny_patch16_224"}, "'vit_tiny_patch16_224' has features of strides"),
         ({"NORM": "LN"}, "MODEL.TIMM.NORM 'LN': expected one of BN, SyncBN, FrozenBN, GN"),
         ({"NORM": "GN", "PRETRAINED": True}, "GN needs MODEL.TIMM.PRETRAINED False"),
-        ({"NORM": "FrozenBN"}, "FrozenBN needs MODEL.TIMM.PRETRAINED True"),
         ({"TOP_BLOCK": "p6"}, "MODEL.TIMM.TOP_BLOCK 'p6'"),
         ({"features": ["res1", "res2"]}, "MODEL.FPN.IN_FEATURES ['res1', 'res2']"),
         ({"features": ["res4", "res3"]}, "MODEL.FPN.IN_FEATURES ['res4', 'res3']"),

@@ -8,10 +8,11 @@ from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 
 from fgd.config import check_config
+from fgd.detectors.pretrained import timm_normalisation
 from fgd.distillation import timm_teacher
 from fgd.distillation.needs import reasons
 from fgd.distillation.teacher import FrozenTeacher, build_teacher, describe_teacher, load_teacher
-from fgd.distillation.timm_teacher import TimmNetwork, TokenMap, build_timm_teacher
+from fgd.distillation.timm_teacher import KEY, TimmNetwork, TokenMap, build_timm_teacher
 from fgd.errors import UserError
 from fgd.weights import state_sha256, weights_sha256
 from tests.conftest import make_tiny_cfg
@@ -65,10 +66,10 @@ def test_images_are_normalised_as_the_tag_says_whatever_the_students_channels(
 def test_the_tag_decides_the_normalisation():
     name = "vit_small_patch16_224"
     for tag, mean in (("augreg_in21k", [127.5] * 3), ("dino", IMAGENET[0])):
-        assert timm_teacher._normalization(f"{name}.{tag}")[0] == mean
-    assert timm_teacher._normalization("vit_base_patch16_gap_224")[0]  # none is known
+        assert timm_normalisation(KEY, f"{name}.{tag}").mean == mean
+    assert timm_normalisation(KEY, "vit_base_patch16_gap_224").mean  # none is known
     with pytest.raises(UserError, match="TIMM 'test_vit.nothing'.*Invalid pretrained tag"):
-        timm_teacher._normalization("test_vit.nothing")
+        timm_normalisation(KEY, "test_vit.nothing")
 
 
 def test_a_map_covers_the_images_whatever_their_size():

@@ -15,15 +15,22 @@ from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import nn
 
 from ..errors import UserError
+from .pretrained import (
+    Normalisation,
+    check_pretrained,
+    in_one_line,
+    load_pretrained,
+    timm_normalisation,
+)
 
 __all__ = [
     "TimmBackbone",
     "add_timm_config",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_fpn_backbone",
+    "check_timm",
     "check_timm_name",
     "group_norm",
-    "in_one_line",
     "pyramid",
     "pyramid_norm",
     "timm_fpn",
@@ -41,8 +48,11 @@ def add_timm_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.TIMM = type(cfg)()
     # Any name for which timm.create_model(name, features_only=True) gives strides 4, 8, 16, 32.
     node.NAME = "mobilenetv3_small_050"
-    # Download timm's ImageNet weights. Off: the commands work without a network, and arms that are
-    # compared start alike. The weights expect RGB input and their own MODEL.PIXEL_MEAN / _STD.
+    # ImageNet weights. False: from scratch. True: timm downloads its own. A file: timm's names, or
+    # those that torchvision and Detectron2 give ResNets. "package:efficientnet_lite0" (lite1,
+    # lite2): of a package that extra [pretrained] installs, for MODEL.TIMM.NAME
+    # tf_efficientnet_lite0. All expect RGB and their own MODEL.PIXEL_MEAN / _STD; others are warned
+    # of. A checkpoint holds all weights, so what is built for one fetches none.
     node.PRETRAINED = False
     # "BN", "SyncBN" (several GPUs with few images each), "FrozenBN" (only with PRETRAINED) or "GN"
     # (from scratch with few images per batch, above all when images differ in kind: batch norm's
@@ -51,6 +61,20 @@ def add_timm_config(cfg: CfgNode) -> None:
     # Levels above the last of MODEL.FPN.IN_FEATURES: "maxpool" (p6), "p6p7" (two convolutions),
     # "none" (small images need neither), "default" = maxpool, or p6p7 in the RetinaNet builder.
     node.TOP_BLOCK = "default"
+
+
+def check_timm(cfg: CfgNode) -> None:
+    """Raise UserError for values of MODEL.TIMM that cannot work in a training.
+
+    A backbone whose weights come from a checkpoint is built with PRETRAINED False.
+    """
+    node = cfg.MODEL.TIMM
+    check_pretrained(node.PRETRAINED, node.NAME)
+    if node.NORM == "FrozenBN" and not node.PRETRAINED:
+        raise UserError(
+            "MODEL.TIMM.NORM FrozenBN needs MODEL.TIMM.PRETRAINED, since frozen statistics of "
+            "random weights mean nothing"
+        )
 
 
 class TimmBackbone(Backbone):
@@ -65,9 +89,11 @@ class TimmBackbone(Backbone):
         """
         Args:
             out_features: ascending subset of res2, res3, res4, res5 (strides 4, 8, 16, 32).
+            pretrained: as MODEL.TIMM.PRETRAINED; ``expected`` is then the images' normalisation.
             norm: BN, SyncBN, FrozenBN or GN.
         Raises:
-            UserError: unknown timm name or stage, no feature of a stride, failed download.
+            UserError: unknown timm name or stage, no feature of a stride, failed download, or a
+                file of weights that does not fit.
         """
         super().__init__()
         unknown = [f for f in out_features if f not in _STAGES]
@@ -78,8 +104,14 @@ class TimmBackbone(Backbone):
             )
         _check_norm(norm, pretrained)
         indices = _stage_indices(name, out_features)
-        body = _create(name, pretrained, in_chans=in_channels, out_indices=indices)
+        self.expected = None
+        body = _create(name, pretrained is True, in_chans=in_channels, out_indices=indices)
         _drop_unread_stages(body)
+        if isinstance(pretrained, str):
+            report, self.expected = load_pretrained(body, name, pretrained)
+            logger.info(f"MODEL.TIMM.PRETRAINED {pretrained}: {report.summary()}")
+        elif pretrained:
+            self.expected = timm_normalisation("MODEL.TIMM.NAME", name)
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")) == "NHWC"
         channels = body.feature_info.channels()
         # timm's own converters: Detectron2's would drop the activation inside BatchNormAct2d.
@@ -115,11 +147,6 @@ def _drop_unread_stages(body: nn.Module) -> None:
 def _check_norm(norm: str, pretrained: bool) -> None:
     if norm not in _NORMS:
         raise UserError(f"MODEL.TIMM.NORM {norm!r}: expected one of {', '.join(_NORMS)}")
-    if norm == "FrozenBN" and not pretrained:
-        raise UserError(
-            "MODEL.TIMM.NORM FrozenBN needs MODEL.TIMM.PRETRAINED True, since frozen statistics of "
-            "random weights mean nothing"
-        )
     if norm == "GN" and pretrained:
         raise UserError(
             "MODEL.TIMM.NORM GN needs MODEL.TIMM.PRETRAINED False: the weights were trained with "
@@ -162,10 +189,6 @@ def check_timm_name(key: str, name: str) -> None:
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "none"
         raise UserError(f"{key} {name!r} is not a timm model (similar: {similar})")
-
-
-def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _stage_indices(name: str, out_features) -> tuple[int, ...]:
@@ -219,6 +242,28 @@ def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int
     return block
 
 
+def _warn_of_other_images(cfg: CfgNode, expected: Normalisation) -> None:
+    """Weights learnt on images of another kind start worse, and nothing else would show it."""
+    wanted = {
+        "INPUT.FORMAT": (cfg.INPUT.FORMAT, "RGB"),
+        "MODEL.PIXEL_MEAN": (list(cfg.MODEL.PIXEL_MEAN), expected.mean),
+        "MODEL.PIXEL_STD": (list(cfg.MODEL.PIXEL_STD), expected.std),
+    }
+    differ = [f"{key} {want}" for key, (found, want) in wanted.items() if not _near(found, want)]
+    if differ:
+        logger.warning(
+            f"MODEL.TIMM.PRETRAINED {cfg.MODEL.TIMM.PRETRAINED}: the weights expect "
+            f"{', '.join(differ)}; the config has others"
+        )
+
+
+def _near(one, other) -> bool:
+    """Within one grey value, since 127 and 127.5 are both in use for the same weights."""
+    if isinstance(one, str):
+        return one == other
+    return len(one) == len(other) and all(abs(a - b) <= 1 for a, b in zip(one, other, strict=True))
+
+
 def timm_fpn(
     cfg: CfgNode, input_shape: ShapeSpec, default_top_block: str, p6p7=LastLevelP6P7
 ) -> FPN:
@@ -238,11 +283,11 @@ def timm_fpn(
         )
     if timm_cfg.TOP_BLOCK not in _TOP_BLOCKS:
         raise UserError(f"MODEL.TIMM.TOP_BLOCK {timm_cfg.TOP_BLOCK!r}: expected {_TOP_BLOCKS}")
-    if timm_cfg.PRETRAINED and cfg.INPUT.FORMAT != "RGB":
-        logger.warning("MODEL.TIMM.PRETRAINED: the weights expect INPUT.FORMAT RGB")
     bottom_up = TimmBackbone(
         timm_cfg.NAME, fpn_cfg.IN_FEATURES, input_shape.channels, timm_cfg.PRETRAINED, timm_cfg.NORM
     )
+    if bottom_up.expected:
+        _warn_of_other_images(cfg, bottom_up.expected)
     kind = default_top_block if timm_cfg.TOP_BLOCK == "default" else timm_cfg.TOP_BLOCK
     last = fpn_cfg.IN_FEATURES[-1]
     top_channels = bottom_up.output_shape()[last].channels

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import load_config, load_config_text, student_config
+from ..config import checkpoint_config, load_config, load_config_text
 from ..errors import UserError
 from ..methods.batch import Cut, HeadLevel, RegionView
 from ..weights import LoadReport, load_complete, read_weights, state_sha256, weights_sha256
@@ -95,7 +95,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
                 f"teacher {node.WEIGHTS}: holds no config; set MODEL.DISTILLER.TEACHER.CONFIG_FILE"
             )
         teacher = load_config_text(text, f"config in {node.WEIGHTS}")
-    teacher = student_config(teacher)  # a teacher may itself have been distilled
+    teacher = checkpoint_config(teacher)  # a teacher may itself have been distilled
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher
 

@@ -12,13 +12,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 from timm import create_model
-from timm.data import resolve_data_config
-from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
+from timm.models import is_model_pretrained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import get_fgd_cfg, student_config
-from ..detectors.backbones import check_timm_name, in_one_line
+from ..detectors.backbones import check_timm_name
+from ..detectors.pretrained import in_one_line, timm_normalisation
 from ..errors import UserError
 from ..weights import LoadReport, load_complete
 
@@ -61,20 +61,10 @@ def build_timm_teacher(cfg: CfgNode) -> Tuple["TimmNetwork", CfgNode]:
     config = student_config(get_fgd_cfg())
     config.MODEL.META_ARCHITECTURE, config.MODEL.DEVICE = node.TIMM, cfg.MODEL.DEVICE
     config.INPUT.FORMAT = "RGB"
-    mean, std = _normalization(node.TIMM)
+    mean, std = timm_normalisation(KEY, node.TIMM)
     config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD = mean, std
     model = TimmNetwork(node.TIMM, mean, std, node.TIMM_STRIDE)
     return model.to(cfg.MODEL.DEVICE), config
-
-
-def _normalization(name: str) -> Tuple[List[float], List[float]]:
-    """Mean and deviation of each channel, 0..255."""
-    try:
-        pretrained = get_pretrained_cfg(name) or PretrainedCfg()
-    except RuntimeError as error:  # no such tag
-        raise UserError(f"{KEY} {name!r}: {in_one_line(error)}") from error
-    known = resolve_data_config(pretrained_cfg=pretrained.to_dict())
-    return tuple([round(255 * x, 4) for x in known[key]] for key in ("mean", "std"))
 
 
 class TimmNetwork(nn.Module):

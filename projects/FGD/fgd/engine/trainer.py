@@ -290,7 +290,7 @@ def load_student_weights(model: nn.Module, path: str) -> None:
         UserError: the file is unusable or not one tensor of it fits the student.
     """
     if not path:
-        logger.info('MODEL.WEIGHTS is "": the student starts from its random initialisation')
+        logger.info('MODEL.WEIGHTS is "": the student starts as built (MODEL.TIMM.PRETRAINED)')
         return
     report = load_complete(student_of(model), path, what="student", allow_partial=True)
     logger.info(f"Student starts from {path}: {report.summary()}")

@@ -37,8 +37,7 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
     node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
     if needs_teacher(cfg):
         _check_teacher(cfg, data.get("teacher") or {})
-    if cfg.MODEL.TIMM.NORM != "FrozenBN":  # which asks for pretrained weights
-        cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
+    cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
     _without_gpu(cfg)
     with torch.random.fork_rng():
         distiller = Distiller(cfg)
