@@ -188,11 +188,24 @@ def test_masks_and_the_cascade_are_where_they_should_be():
     assert (type(teacher).__name__, teacher.mask_on) == ("CascadeROIHeads", True)
 
 
-@pytest.mark.parametrize("name", ["bccd/{}_retinanet", "nuclei/{}_mask_rcnn"])
+STUDIES = ["bccd/{}_retinanet", "nuclei/{}_mask_rcnn"]
+PRETRAINED = [*(f"{name}_pretrained" for name in STUDIES), "quick/pretrained_{}_retinanet"]
+
+
+@pytest.mark.parametrize("name", STUDIES + PRETRAINED)
 def test_teacher_and_student_of_a_study_differ_in_backbone_and_length(name):
     teacher, student = (student_config(read(name.format(role))) for role in ("teacher", "fgd"))
     assert teacher.MODEL.TIMM.NAME != student.MODEL.TIMM.NAME
     assert teacher.SOLVER.MAX_ITER > student.SOLVER.MAX_ITER
     teacher.MODEL.TIMM.NAME, teacher.OUTPUT_DIR = student.MODEL.TIMM.NAME, student.OUTPUT_DIR
     teacher.SOLVER.MAX_ITER = student.SOLVER.MAX_ITER
+    teacher.MODEL.TIMM.PRETRAINED = student.MODEL.TIMM.PRETRAINED
     assert teacher == student
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+@pytest.mark.parametrize("role", ["teacher", "fgd"])
+def test_a_pretrained_config_has_what_its_weights_expect(name, role, caplog):
+    model = build_model(student_config(read(name.format(role))))
+    assert "the weights expect" not in caplog.text
+    assert model.backbone.bottom_up.expected == ([127.0] * 3, [128.0] * 3)
