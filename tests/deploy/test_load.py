@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -27,6 +29,19 @@ def test_loads_everything_from_the_checkpoint(student, tmp_path):
     assert loaded.config_source == f"{tmp_path / 'a.pth'} (key 'config')"
     assert loaded.dropped == {"distiller": (1, 140)}
     assert len(loaded.checkpoint_sha256) == 64
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_student_from_a_packages_weights_needs_no_package(tmp_path, monkeypatch):
+    """Frozen batch norms ask for weights in a training alone."""
+    cfg = toy_cfg("RetinaNet")
+    node = cfg.MODEL.TIMM
+    node.NAME, node.NORM = "tf_efficientnet_lite0", "FrozenBN"
+    node.PRETRAINED = "package:efficientnet_lite0"
+    model = build_model(cfg)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    loaded = load_student(save_checkpoint(model, cfg, tmp_path / "a.pth"))
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 

@@ -25,6 +25,7 @@ from fgd.data.images import read_image
 from fgd.detectors import pretrained
 from fgd.detectors.backbones import TimmBackbone
 from fgd.detectors.pretrained import PACKAGES, load_pretrained
+from fgd.distillation.teacher import teacher_config
 from fgd.errors import UserError
 from fgd.weights import read_weights
 from tests.conftest import make_tiny_cfg
@@ -255,8 +256,9 @@ def test_torchvisions_resnets(tmp_path, name):
         torch.testing.assert_close(backbone(IMAGES)[stage], x)
 
 
-@pytest.mark.parametrize("depth, block", [(18, BasicBlock), (50, BottleneckBlock)])
-@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize(
+    "depth, block, suffix", [(18, BasicBlock, "pkl"), (50, BottleneckBlock, "pth")]
+)
 def test_detectron2s_resnets(tmp_path, depth, block, suffix):
     torch.manual_seed(1)
     options = {"stride_in_1x1": False} if block is BottleneckBlock else {}
@@ -322,10 +324,14 @@ def test_files_that_are_no_weights_of_this_network(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_a_checkpoint_fills_fetches_nothing(monkeypatch):
+def test_what_a_checkpoint_fills_fetches_nothing(tmp_path, monkeypatch):
     """Evaluation, export and teachers need no package, whatever the training had."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cfg = pretrained_cfg(**{"MODEL.TIMM.NORM": "FrozenBN"})
+    path = save(tmp_path / "teacher.pth", {"model": {"a": torch.zeros(1)}, "config": cfg.dump()})
+    student = get_fgd_cfg()
+    student.MODEL.DISTILLER.TEACHER.WEIGHTS = path
+    assert teacher_config(student).MODEL.TIMM.PRETRAINED is False
     build_model(checkpoint_config(cfg))
     with pytest.raises(UserError, match="not installed"):
         build_model(cfg)
