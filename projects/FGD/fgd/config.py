@@ -51,14 +51,14 @@ def check_config(cfg: CfgNode) -> None:
             keys.check(cfg)
 
 
-def check_device(device: str) -> None:
-    """Raise UserError if PyTorch does not know MODEL.DEVICE or there is no such device."""
+def check_device(device: str, key: str = "MODEL.DEVICE") -> None:
+    """Raise UserError if PyTorch does not know the device or there is none; ``key`` set it."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise UserError(f"MODEL.DEVICE: {device!r} is not a device; use cuda or cpu") from None
+        raise UserError(f"{key}: {device!r} is not a device; use cuda or cpu") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("MODEL.DEVICE is cuda, but PyTorch finds no GPU; add MODEL.DEVICE cpu")
+        raise UserError(f"{key} is cuda, but PyTorch finds no GPU; add {key} cpu")
 
 
 def get_fgd_cfg() -> CfgNode:

@@ -1,1 +1,1 @@
-"""What distillation costs: ``python -m fgd.bench loss`` and ``python -m fgd.bench step``."""
+"""What distillation costs: ``python -m fgd.bench loss``, ``step`` and ``gpu``."""

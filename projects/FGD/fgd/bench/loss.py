@@ -16,7 +16,7 @@ from .cases import PYRAMIDS, Maps, draw_boxes, draw_maps, levels_of
 from .memory import trace_halves
 from .per_box import PerBoxFGD
 from .process import allocators, run_alone
-from .timing import Times, alternate, noise, ratio
+from .timing import Times, alternate, full_float32, noise, ratio
 
 BASELINE = "per box"
 Builder = Callable[[Sequence[Level], Weights, float], nn.Module]
@@ -66,6 +66,7 @@ def measure_all(
             yield {"allocator": allocator, **run}
 
 
+@full_float32
 def measure(settings: Settings, load: Optional[float] = None) -> Dict[str, Any]:
     """One run: memory of each implementation and number of boxes, then their times, alternated.
 

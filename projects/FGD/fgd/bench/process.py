@@ -2,10 +2,10 @@
 
 import os
 import platform
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from contextlib import contextmanager
-from multiprocessing import get_context
-from typing import Any, Callable, Dict, Tuple
+from multiprocessing import active_children, get_context
+from typing import Any, Callable, Dict, Optional, Tuple
 
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 # By default glibc gives large buffers back to the system, and each new one is paid for page by
@@ -24,17 +24,31 @@ def allocators(device: str) -> Tuple[str, ...]:
     return tuple(ALLOCATORS) if device == "cpu" and glibc else ("default",)
 
 
-def run_alone(function: Callable[..., Any], *args: Any, allocator: str = "default") -> Any:
+def run_alone(
+    function: Callable[..., Any],
+    *args: Any,
+    allocator: str = "default",
+    limit: Optional[float] = None,
+) -> Any:
     """The result of a function of a module, or its exception, from a fresh process.
 
     Args:
         function, args: can be pickled, as can the result.
         allocator: in `ALLOCATORS`; settings of the caller's environment do not count.
+        limit: seconds after which the process is killed.
+    Raises:
+        concurrent.futures.TimeoutError: it was.
     """
+    others = set(active_children())
     # Spawned, not forked: malloc reads its environment when a program starts.
     with _environment({**ALLOCATORS[allocator], **_QUIET}, without=MALLOC):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *args).result()
+            try:
+                return pool.submit(function, *args).result(limit)
+            except TimeoutError:
+                for child in set(active_children()) - others:
+                    child.kill()
+                raise
 
 
 @contextmanager

@@ -10,6 +10,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import numpy as np
 import torch
 
+# Decorates what compares float32 results: cuDNN's convolutions would round them to the 10 bits of
+# TF32 on a GPU, which PyTorch allows by default.
+full_float32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 _LIBRARIES = ("torch", "triton", "detectron2", "numpy")
 _MAX_SPREAD = 1.2  # p90 / median; a quiet machine stays well below
 _MIN_CPU_SHARE = 0.9  # process CPU time / wall time; less means waiting for others

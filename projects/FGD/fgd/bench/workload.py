@@ -127,7 +127,7 @@ class Builder:
         """Changes ``cfg`` where the teacher's weights are no local file."""
         node = cfg.MODEL.DISTILLER.TEACHER
         if needs_teacher(cfg) and _is_elsewhere(node.WEIGHTS):
-            node.WEIGHTS = self._teacher_file = self._teacher_file or self._random_teacher(cfg)
+            node.WEIGHTS = self._teacher_file = self._teacher_file or self.random_teacher(cfg)
         check_config(cfg)
         distiller = build_model(cfg).train()
         parts = {"student": distiller.student}
@@ -150,7 +150,7 @@ class Builder:
         distiller.inherit_from_teacher()
         return student
 
-    def _random_teacher(self, cfg: CfgNode) -> str:
+    def random_teacher(self, cfg: CfgNode) -> str:
         """Path of a new file with random weights of the config's teacher."""
         node = cfg.MODEL.DISTILLER.TEACHER
         if not (node.CONFIG_FILE or node.TIMM):
