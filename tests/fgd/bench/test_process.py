@@ -1,5 +1,8 @@
 import os
 import pickle
+import time
+from concurrent.futures import TimeoutError
+from multiprocessing import active_children
 
 import pytest
 
@@ -24,6 +27,13 @@ def test_errors_come_back():
         run_alone(os.stat, "nowhere")
     error = pickle.loads(pickle.dumps(UserError("found, where")))  # the way they come
     assert isinstance(error, UserError) and str(error) == "found, where"
+
+
+def test_a_process_that_takes_too_long_is_killed():
+    start, others = time.monotonic(), active_children()
+    with pytest.raises(TimeoutError):
+        run_alone(time.sleep, 60, limit=1)
+    assert time.monotonic() - start < 30 and active_children() == others
 
 
 def test_settings_only_where_they_matter(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from . import gpu_numbers, gpu_speed, gpu_syncs, gpu_training
 from .gpu_pairs import Settings
-from .gpu_report import FAILED, SKIPPED, status_of
+from .gpu_report import FAILED, SKIPPED, plain, status_of
 from .process import run_alone
 
 # Seconds: a part gets no more, so that one that hangs leaves time for others; and none begins with
@@ -83,7 +83,7 @@ def _run(part: Part, settings: Settings, left: float, budget: float) -> Dict[str
     start, limit = time.monotonic(), min(left, _MOST)
     call: Callable[[], Dict[str, Any]] = partial(part.measure, settings, *part.args)
     try:
-        result.update(run_alone(call, limit=limit))
+        result.update(plain(run_alone(call, limit=limit)))
         result["status"] = status_of(result["rows"])
     except OutOfTime:
         result.update(status=FAILED, error=f"ended after {limit:.0f} s")

@@ -22,12 +22,13 @@ def row(
         must: a value beyond the goal is an error, not only a goal that is missed.
     """
     measured = value is not None
+    value = float(value) if measured else None
     finite = measured and math.isfinite(value)
     met = None if at_most is None or not measured else finite and value <= at_most
     text = "" if not measured else f"{value:.3g}"
     return {
         "what": what,
-        "value": float(value) if finite else None,
+        "value": value if finite else None,
         "text": text,
         "at_most": at_most,
         "met": met,
@@ -38,6 +39,17 @@ def row(
 def note(what: str, text: str, met: Optional[bool] = None, must: bool = False) -> Row:
     """A row in words; with ``must`` it is an error if it is not ``met``."""
     return {"what": what, "value": None, "text": text, "at_most": None, "met": met, "must": must}
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it: None for what is NaN or infinite, text for what JSON has not."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def status_of(rows: List[Row]) -> str:
