@@ -32,21 +32,44 @@ class Part(NamedTuple):
     only_cuda: bool = False
 
 
+_NAMES = {"retinanet": "RetinaNet", "rcnn": "R-CNN"}
+
+
+def _losses(implementation: str, dtype: str = "float32", only_cuda: bool = True) -> List[Part]:
+    return [
+        Part(
+            f"loss, {title}, {dtype}, {implementation}",
+            gpu_speed.measure_loss,
+            (pyramid, dtype, implementation),
+            only_cuda,
+        )
+        for pyramid, title in _NAMES.items()
+    ]
+
+
+def _steps(amp: bool) -> List[Part]:
+    kind = "AMP" if amp else "float32"
+    return [
+        Part(f"step, {title}, {kind}", gpu_speed.measure_step, (pyramid, amp), only_cuda=amp)
+        for pyramid, title in _NAMES.items()
+    ]
+
+
+# What trains by default comes first; the kernels have parts of their own, which may hang.
 PARTS = (
-    Part("kernels", gpu_numbers.measure_kernels),
-    Part("loss, RetinaNet, float32", gpu_speed.measure_loss, ("retinanet", "float32")),
-    Part("loss, R-CNN, float32", gpu_speed.measure_loss, ("rcnn", "float32")),
+    Part("kernels, torch", gpu_numbers.measure_kernels, ("torch",)),
+    *_losses("torch", only_cuda=False),
     Part("host waits", gpu_syncs.measure),
-    Part("step, RetinaNet, float32", gpu_speed.measure_step, ("retinanet", False)),
-    Part("step, Faster R-CNN, float32", gpu_speed.measure_step, ("rcnn", False)),
-    Part("step, RetinaNet, AMP", gpu_speed.measure_step, ("retinanet", True), only_cuda=True),
-    Part("step, Faster R-CNN, AMP", gpu_speed.measure_step, ("rcnn", True), only_cuda=True),
+    *_steps(amp=False),
+    Part("kernels, triton", gpu_numbers.measure_kernels, ("triton",), only_cuda=True),
+    *_losses("triton"),
+    *_steps(amp=True),
     Part("training", gpu_training.measure_training),
     Part("resume", gpu_training.measure_resume, (False,)),
     Part("methods", gpu_numbers.measure_methods),
     Part("resume, deterministic", gpu_training.measure_resume, (True,), only_cuda=True),
-    Part("loss, RetinaNet, float16", gpu_speed.measure_loss, ("retinanet", "float16"), True),
-    Part("loss, R-CNN, float16", gpu_speed.measure_loss, ("rcnn", "float16"), True),
+    *_losses("torch", "float16"),
+    *_losses("triton", "float16"),
 )
 
 

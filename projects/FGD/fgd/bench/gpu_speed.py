@@ -12,7 +12,9 @@ from .gpu_report import Row, note, row
 FLOOR = 2.0  # times what its 5 U of traffic take at the speed of copying
 
 
-def measure_loss(settings: Settings, pyramid: str, dtype: str) -> Dict[str, Any]:
+def measure_loss(
+    settings: Settings, pyramid: str, dtype: str, implementation: str
+) -> Dict[str, Any]:
     """`loss.measure` at the size of a batch of two images, and its goals on a GPU."""
     tiny = settings.tiny
     of_loss = loss.Settings(
@@ -24,6 +26,7 @@ def measure_loss(settings: Settings, pyramid: str, dtype: str) -> Dict[str, Any]
         threads=settings.threads,
         device=settings.device,
         dtype=dtype,
+        only=(implementation,),
     )
     run = loss.measure(of_loss)
     rows = [
@@ -32,7 +35,7 @@ def measure_loss(settings: Settings, pyramid: str, dtype: str) -> Dict[str, Any]
         row("largest difference from per box", run["difference"]),
     ]
     for own in run["rows"]:
-        rows += _loss_rows(own, judged=own["implementation"] in ("torch", "triton"))
+        rows += _loss_rows(own, judged=own["implementation"] == implementation)
     return {"rows": rows + _noise(run), "measured": run}
 
 

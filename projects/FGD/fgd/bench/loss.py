@@ -42,7 +42,10 @@ def implementations(device: str) -> Dict[str, Builder]:
 
 @dataclass(frozen=True)
 class Settings:
-    """One measurement: ``size`` (height, width) in pixels, ``boxes`` per image."""
+    """One measurement: ``size`` (height, width) in pixels, ``boxes`` per image.
+
+    ``only``: what is compared with the baseline, () for all that there is.
+    """
 
     pyramid: str = "retinanet"
     size: Tuple[int, int] = (800, 1216)
@@ -53,6 +56,7 @@ class Settings:
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    only: Tuple[str, ...] = ()
 
 
 def measure_all(
@@ -117,6 +121,7 @@ def build(settings: Settings, device: torch.device) -> Dict[str, nn.Module]:
     methods = {
         name: builder(levels, Weights(1e-3, 5e-4, 5e-4, 5e-6), 0.5).to(device, dtype)
         for name, builder in implementations(settings.device).items()
+        if not settings.only or name in (BASELINE, *settings.only)
     }
     first = next(iter(methods.values()))
     with torch.no_grad():
