@@ -100,8 +100,9 @@ def measure(
 
 def _run(part: Part, settings: Settings, left: float, budget: float) -> Dict[str, Any]:
     result = {"part": part.title, "status": SKIPPED, "seconds": 0.0, "error": "", "rows": []}
+    used_up = f"the budget of {budget:.0f} s is used up"
     if left < _LEAST:
-        result["error"] = f"skipped: the budget of {budget:.0f} s is used up"
+        result["error"] = f"skipped: {used_up}"
         return result
     start, limit = time.monotonic(), min(left, _MOST)
     call: Callable[[], Dict[str, Any]] = partial(part.measure, settings, *part.args)
@@ -109,7 +110,10 @@ def _run(part: Part, settings: Settings, left: float, budget: float) -> Dict[str
         result.update(plain(run_alone(call, limit=limit)))
         result["status"] = status_of(result["rows"])
     except OutOfTime:
-        result.update(status=FAILED, error=f"ended after {limit:.0f} s")
+        if left < _MOST:  # it may well have had nothing wrong
+            result["error"] = f"ended after {limit:.0f} s: {used_up}"
+        else:
+            result.update(status=FAILED, error=f"ended after {limit:.0f} s")
     except Exception as error:  # whatever it is: the other parts are worth having
         text = " ".join(str(error).split())[:500]
         result.update(status=FAILED, error=f"{type(error).__name__}: {text}")
