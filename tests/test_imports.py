@@ -14,6 +14,7 @@ STDLIB_ONLY = TRAINING | {"numpy", "PIL", "onnx", "onnxruntime", "pycocotools"}
 FORBIDDEN = {
     "fgd_inputs.coco": TRAINING | {"onnx", "onnxruntime", "deploy"},
     "fgd_inputs.image_files": TRAINING | {"onnx", "onnxruntime", "deploy"},
+    "fgd_inputs.names": STDLIB_ONLY | {"deploy"},
     "deploy.errors": STDLIB_ONLY,
     "deploy.spec": STDLIB_ONLY,
     "deploy.files": STDLIB_ONLY,
