@@ -15,6 +15,7 @@ FORBIDDEN = {
     "fgd_inputs.coco": TRAINING | {"onnx", "onnxruntime", "deploy"},
     "fgd_inputs.image_files": TRAINING | {"onnx", "onnxruntime", "deploy"},
     "fgd_inputs.names": STDLIB_ONLY | {"deploy"},
+    "fgd_inputs.folder_lock": STDLIB_ONLY | {"deploy"},
     "deploy.errors": STDLIB_ONLY,
     "deploy.spec": STDLIB_ONLY,
     "deploy.files": STDLIB_ONLY,

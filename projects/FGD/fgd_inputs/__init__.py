@@ -1,4 +1,5 @@
-"""What comes in from outside, read by one rule for training and deployment. Without PyTorch.
+"""What training and deployment share, without PyTorch.
 
-COCO JSONs need the standard library only, image files Pillow and numpy.
+What comes in from outside, read by one rule; names from outside, written by one rule; the lock of
+a folder. COCO JSONs need the standard library only, image files Pillow and numpy.
 """

@@ -8,8 +8,8 @@ import socket
 import pytest
 
 from fgd.errors import UserError
-from fgd.processes import lock
 from fgd.processes.lock import folder_lock
+from fgd_inputs import folder_lock as shared
 
 FORK = multiprocessing.get_context("fork")
 
@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, caplog, monkeypatch):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(shared.fcntl, "lockf", refuse)
     with folder_lock(str(tmp_path)):
         assert "cannot be locked (No locks available)" in caplog.text
     (tmp_path / ".fgd_lock").write_text("rubbish")
