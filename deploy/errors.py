@@ -7,6 +7,7 @@ import traceback
 from typing import Callable, Optional, Sequence
 
 from fgd_inputs.errors import UserError
+from fgd_inputs.names import one_line
 
 __all__ = ["ParityError", "UserError", "run_main"]
 
@@ -30,6 +31,7 @@ def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequ
         passes through: it is a bug, and its traceback (exit code 1) is what we want to see.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    _take_any_text()
     try:
         exit_code = func(argv)
         sys.stdout.flush()  # now: in the interpreter's shutdown nobody could catch it
@@ -49,8 +51,14 @@ def run_main(func: Callable[[Optional[Sequence[str]]], int], argv: Optional[Sequ
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return exit_code
+
+
+def _take_any_text() -> None:
+    """File names need not be text in the terminal's encoding: what is not is shown as "\\xe9"."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _discard_stdout() -> None:

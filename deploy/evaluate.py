@@ -18,6 +18,7 @@ from deploy.predict import SHRUNK, show_progress
 from deploy.runtime import OrtDetector
 from deploy.serving.paste import encode_rle
 from deploy.spec import ModelSpec
+from fgd_inputs.names import one_line
 
 MAX_AP_DIFFERENCE = 0.05  # points of AP, of 100
 _EXAMPLES = """examples:
@@ -125,10 +126,11 @@ def compare(graph: Dict[str, Any], pytorch: Optional[Dict[str, Any]]) -> Dict[st
 
 def format_table(rows: Dict[str, Dict[str, Optional[float]]]) -> str:
     """The result of `compare` as aligned text."""
-    width = max(len(name) for name in rows)
+    names = [one_line(name) for name in rows]
+    width = max(map(len, names))
     columns = list(rows["AP"])
     lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
-    for name, row in rows.items():
+    for name, row in zip(names, rows.values()):
         texts = ["-" if row[column] is None else f"{row[column]:.3f}" for column in columns]
         lines.append(f"{name:{width}}" + "".join(f"{text:>12}" for text in texts))
     return "\n".join(lines)
@@ -181,9 +183,10 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     data.category_ids(detector.spec.classes)
     eager = load_eager(args.checkpoint, detector.spec) if args.checkpoint else None
     report = evaluate(detector, data, eager, args.batch_size)
-    print(f"{report['dataset']}: {report['images']} images, {report['onnx_seconds']} s")
+    images, seconds = report["images"], report["onnx_seconds"]
+    print(f"{one_line(report['dataset'])}: {images} images, {seconds} s")
     for note in data.notes:
-        print(f"{data.name}: {note}")
+        print(one_line(f"{data.name}: {note}"))
     print(format_table(report["metrics"]))
     if report["shrunk"]:
         print(f"{report['shrunk']} {SHRUNK}")

@@ -20,6 +20,7 @@ from deploy.export import export
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs.tiny import CLASSES, TINY, conditioned, tiny_cfg, write_scenes
 from deploy.reduced.precision import Reduction
+from fgd_inputs.names import markdown_text
 
 # Points of AP that int8 may lose here: the default of the export command is for trained weights.
 # Untrained ones tell boxes apart by less, so rounding changes more of what NMS keeps.
@@ -116,7 +117,8 @@ def to_markdown(matrix: Dict[str, Any]) -> str:
             cell = cells[column]
             texts.append(cell["outcome"])
             if cell["outcome"] != "yes":
-                reasons.append(f"- {name}, {column}: {cell['outcome']}: {cell['reason']}")
+                reason = markdown_text(cell["reason"])
+                reasons.append(f"- {name}, {column}: {cell['outcome']}: {reason}")
         lines.append(f"| {name} | {' | '.join(texts)} |")
     if "int8" in columns:
         reasons.append(

@@ -6,6 +6,9 @@ from typing import Iterable, Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fgd_inputs.names import one_line
+
+_LONGEST_NAME = 60  # characters of a class name that are drawn
 _LONGEST_SIDE = 480  # pixels; smaller images are enlarged so that the text can be read
 _GOLDEN_RATIO = 0.618034
 
@@ -45,7 +48,8 @@ def draw_detections(
     font = ImageFont.load_default(size=max(13, round(longest / 45)))
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
     for i in order:
-        text = classes[labels[i]] if scores is None else f"{classes[labels[i]]} {scores[i]:.2f}"
+        text = one_line(classes[labels[i]], _LONGEST_NAME)
+        text += "" if scores is None else f" {scores[i]:.2f}"
         _draw_box(draw, np.asarray(boxes[i], float) * zoom, text, class_colour(labels[i]), font)
     return picture
 

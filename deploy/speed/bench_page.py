@@ -1,7 +1,8 @@
 """A benchmark's report as Markdown, and as one HTML file that needs nothing else. No dependency."""
 
-from html import escape
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from fgd_inputs.names import html_text, markdown_text
 
 _NONE = "–"
 _TEXTS = ("row", "contender", "reason")  # columns of words, aligned left
@@ -112,11 +113,10 @@ def summary(report: Dict[str, Any]) -> List[str]:
 
 def markdown(report: Dict[str, Any]) -> str:
     """The report as Markdown, columns aligned so that it can be read as it is."""
-    parts = ["# Benchmark", *summary(report)]
-    parts += [f"**Noisy, measure again:** {reason}" for reason in report["noisy"]]
+    parts = ["# Benchmark", *map(markdown_text, summary(report))]
+    parts += [f"**Noisy, measure again:** {markdown_text(reason)}" for reason in report["noisy"]]
     for table in tables(report):
-        lines = [table.headers, *table.rows]
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        lines = [[*map(markdown_text, line)] for line in (table.headers, *table.rows)]
         widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
         left = [header in _TEXTS for header in table.headers]
         rule = ["-" * w if x else "-" * (w - 1) + ":" for w, x in zip(widths, left)]
@@ -132,9 +132,10 @@ def markdown(report: Dict[str, Any]) -> str:
 def html_page(report: Dict[str, Any]) -> str:
     """The same tables and plots of them; the file refers to nothing outside itself."""
     noisy = "".join(
-        f'<p class="noisy">Noisy, measure again: {escape(reason)}</p>' for reason in report["noisy"]
+        f'<p class="noisy">Noisy, measure again: {html_text(reason)}</p>'
+        for reason in report["noisy"]
     )
-    intro = "".join(f"<p>{escape(line)}</p>" for line in summary(report))
+    intro = "".join(f"<p>{html_text(line)}</p>" for line in summary(report))
     body = "".join(_plots(report)) + "".join(map(_html_table, tables(report)))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Benchmark</title>'
@@ -144,13 +145,13 @@ def html_page(report: Dict[str, Any]) -> str:
 
 def _html_table(table: Table) -> str:
     kinds = [' class="text"' if header in _TEXTS else "" for header in table.headers]
-    head = "".join(f"<th{k}>{escape(h)}</th>" for h, k in zip(table.headers, kinds))
+    head = "".join(f"<th{k}>{html_text(h)}</th>" for h, k in zip(table.headers, kinds))
     lines = (
-        "<tr>" + "".join(f"<td{k}>{escape(c)}</td>" for c, k in zip(line, kinds)) + "</tr>"
+        "<tr>" + "".join(f"<td{k}>{html_text(c)}</td>" for c, k in zip(line, kinds)) + "</tr>"
         for line in table.rows
     )
     return (
-        f"<h2>{escape(table.title)}</h2><table><thead><tr>{head}</tr></thead>"
+        f"<h2>{html_text(table.title)}</h2><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -185,7 +186,7 @@ def plot(title: str, bars: Sequence[Bar]) -> str:
         top, width = i * _LINE, bar.value * scale
         color, middle = _COLORS.get(bar.kind, _BASELINE), top + _LINE / 2
         lines.append(
-            f'<text x="{_LABELS - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(bar.name)}'
+            f'<text x="{_LABELS - 8}" y="{middle + 4:.1f}" text-anchor="end">{html_text(bar.name)}'
             f'</text><rect x="{_LABELS}" y="{top + 4}" width="{width:.1f}" height="{_LINE - 8}" '
             f'fill="{color}"></rect>'
         )
@@ -198,6 +199,6 @@ def plot(title: str, bars: Sequence[Bar]) -> str:
         lines.append(f'<text x="{end + 6:.1f}" y="{middle + 4:.1f}">{bar.value:.4g}</text>')
     height = len(bars) * _LINE
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" '
-        f'width="100%" role="img" aria-label="{escape(title)}">{"".join(lines)}</svg></figure>'
+        f'<figure><figcaption>{html_text(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" '
+        f'width="100%" role="img" aria-label="{html_text(title)}">{"".join(lines)}</svg></figure>'
     )

@@ -120,3 +120,19 @@ def test_bars_are_as_long_as_their_values(value, end, width):
 
 def test_bars_of_nothing_are_drawn():
     assert 'width="0.0"' in plot("title", [Bar("a", "graph", 0.0)])
+
+
+HOSTILE = "<img src=x onerror=a>|`b` [c](http://d)\n\n# e"
+
+
+def test_names_are_shown_as_they_are_and_mean_nothing():
+    report = make_report(rows=[row(HOSTILE, "graph", 1, 5.0)], noisy=[HOSTILE])
+    shown = " ".join(HOSTILE.split())
+    page = Page(html_page(report))
+    assert shown in page.words and not {"src", "onerror"} & {name for name, _ in page.attributes}
+    text = markdown(report)
+    assert (
+        text.count("&lt;img src=x onerror=a&gt;&#124;&#96;b&#96; &#91;c&#93;(http&#58;//d) # e")
+        == 2
+    )
+    assert "<img" not in text and "\n# e" not in text

@@ -67,3 +67,13 @@ def test_colours_differ_between_classes():
     colours = np.array([class_colour(label) for label in range(12)], float)
     distance = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 1000 * np.eye(12)
     assert distance.min() > 60
+
+
+def test_names_of_any_text_are_drawn_on_one_line():
+    hostile = "a\n\n\x1b[2J\udcff <b>$\\frac{$" + "x" * 10_000
+    shown = "a \\x1b[2J\\xff <b>$\\frac{$" + "x" * 10_000
+    both = [
+        np.asarray(draw_detections(grey(500, 500), [[9, 99, 80, 200]], [0], [name], [0.5]))
+        for name in (hostile, shown[:57] + "...")
+    ]
+    np.testing.assert_array_equal(*both)

@@ -17,6 +17,11 @@ def test_errors_with_an_exit_code_become_one_line(error, code, capsys):
     assert stderr == f"error: {' '.join(str(error).split())}\n"
 
 
+def test_what_a_terminal_would_obey_is_shown(capsys):
+    assert run_main(_raiser(UserError("no \x1b[2J \udce9.jpg")), []) == 2
+    assert capsys.readouterr().err == "error: no \\x1b[2J \\xe9.jpg\n"
+
+
 def test_debug_adds_the_traceback(capsys):
     assert run_main(_raiser(UserError("no file")), ["--debug"]) == 2
     stderr = capsys.readouterr().err

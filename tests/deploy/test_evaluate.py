@@ -175,3 +175,9 @@ def test_a_checkpoint_of_other_classes_is_refused(exported, tmp_path, capsys):
     options = ("--dataset", write_dataset(tmp_path), "--checkpoint", student.checkpoint)
     assert run(tmp_path / "model.onnx", *options) == 2
     assert "has classes ['disc', 'box', 'star'], the graph has" in capsys.readouterr().err
+
+
+def test_a_class_name_stays_on_its_line():
+    row = {"onnx": 1.0}
+    table = evaluate.format_table({"AP": row, "AP-a\n\x1b[2Jb": row})
+    assert table.splitlines()[2].split() == ["AP-a", "\\x1b[2Jb", "1.000"]
