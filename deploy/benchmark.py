@@ -17,6 +17,7 @@ from deploy.errors import UserError, run_main
 from deploy.files import write_atomically, write_json
 from deploy.predict import find_images
 from deploy.runtime import OrtDetector
+from deploy.serving import time_limit
 from deploy.serving.preprocess import load_image
 from deploy.spec import ModelSpec
 from deploy.speed.bench_page import html_page, markdown
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (%(default)s)")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
     parser.add_argument("--output", metavar="DIR", help="default: the first model's folder")
+    time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="traceback on errors")
     return parser
 
@@ -104,6 +106,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _main(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
+    time_limit.limit_time(args.time_limit)
     _check(args)
     detectors = [OrtDetector(path, [args.provider], args.threads) for path in args.models]
     spec = detectors[0].spec

@@ -72,17 +72,7 @@ class TritonDetector(Detector):
         inputs = dict(zip(INPUT_NAMES, (images, image_sizes), strict=True))
         body, headers = encode_request(inputs, self.spec.output_names)
         answer, headers = self._send(f"{self.name}/infer", body, headers)
-        outputs = decode_response(answer, headers, self.name)
-        for name, tensor in self.spec.contract()["outputs"].items():
-            expected = (len(images), *tensor["shape"][1:])
-            found = outputs.get(name)
-            if found is None or found.dtype != tensor["dtype"] or found.shape != expected:
-                actual = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise UserError(
-                    f"{self.name} answers {actual} for {name}, expected {tensor['dtype']} "
-                    f"{list(expected)}"
-                )
-        return outputs
+        return decode_response(answer, headers, self.name)
 
     def _get(self, path: str) -> Dict[str, Any]:
         body, _ = self._send(self.name + path, None, {})

@@ -16,6 +16,7 @@ from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
 from deploy.predict import SHRUNK, show_progress
 from deploy.runtime import OrtDetector
+from deploy.serving import time_limit
 from deploy.serving.paste import encode_rle
 from deploy.spec import ModelSpec
 from fgd_inputs.names import one_line
@@ -150,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1, help="images per run (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: ONNX Runtime decides")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
+    time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="traceback on errors")
     return parser
 
@@ -175,6 +177,7 @@ def evaluate(detector: OrtDetector, data: CocoData, eager=None, batch_size=1) ->
 
 def _main(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
+    time_limit.limit_time(args.time_limit)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, expected 1 or more")
     # all that can be refused is refused before the first image is run

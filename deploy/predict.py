@@ -16,6 +16,7 @@ from PIL import Image
 from deploy.client import TritonDetector, is_url
 from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically, write_json
+from deploy.serving import time_limit
 from deploy.serving.coco_results import CocoIds
 from deploy.serving.detector import Detections, Detector
 from deploy.serving.draw import draw_detections
@@ -190,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="larger images are refused before they are decoded (%(default)s)",
     )
+    time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="traceback on errors")
     return parser
 
@@ -219,6 +221,7 @@ def _quiet_pillow(max_pixels: int) -> None:
 
 def _main(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
+    time_limit.limit_time(args.time_limit)
     _check_usage(args)
     _quiet_pillow(args.max_pixels)
     files, output = find_images(args.images), Path(args.output)

@@ -8,7 +8,9 @@ import numpy as np
 import onnxruntime as ort
 
 from deploy.errors import UserError
+from deploy.serving.bounded_run import run_session
 from deploy.serving.detector import Detector
+from deploy.serving.graph_file import read_graph_file
 from deploy.serving.preprocess import MAX_PIXELS
 from deploy.spec import INPUT_NAMES, ModelSpec
 
@@ -49,19 +51,19 @@ class OrtDetector(Detector):
     ):
         self.path, self.name = Path(path), str(path)
         self.min_score, self.max_pixels = min_score, max_pixels
-        content = _read(self.path)
+        content = read_graph_file(self.path)
         self.session = open_session(content, str(self.path), providers, threads)
         self.spec = _read_spec(self.session, self.path)
         self.sha256 = self.identity = hashlib.sha256(content).hexdigest()
         self.max_batch = 1 if self.spec.dynamic == "none" else None
-        _check_sidecar(self.path, self.sha256)
+        _check_sidecar(self.path, self.sha256, self.spec)
         _check_contract(self.session, self.spec, self.path)
 
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
         feed = dict(zip(INPUT_NAMES, (images, image_sizes), strict=True))
         names = self.spec.output_names
-        return dict(zip(names, self.session.run(names, feed), strict=True))
+        return dict(zip(names, run_session(self.session, names, feed, self.name), strict=True))
 
 
 def open_session(
@@ -100,13 +102,6 @@ def open_session(
     return session
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read model {path}: {error.strerror}") from error
-
-
 def _read_spec(session: ort.InferenceSession, path: Path) -> ModelSpec:
     try:
         return ModelSpec.from_metadata(session.get_modelmeta().custom_metadata_map)
@@ -114,15 +109,22 @@ def _read_spec(session: ort.InferenceSession, path: Path) -> ModelSpec:
         raise UserError(f"{path} was not written by deploy/export.py: {error}") from error
 
 
-def _check_sidecar(path: Path, sha256: str) -> None:
+def _check_sidecar(path: Path, sha256: str, spec: ModelSpec) -> None:
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
         return
-    expected = ModelSpec.from_json(sidecar).hashes.get("graph_sha256")
+    beside = ModelSpec.from_json(sidecar)
+    expected = beside.hashes.pop("graph_sha256", None)
     if expected != sha256:
         raise UserError(
             f"{path} is not the graph that {sidecar} describes (SHA-256 {sha256[:12]}..., expected "
             f"{str(expected)[:12]}...): it was changed or damaged; export it again"
+        )
+    different = beside.differences(spec)
+    if different:
+        raise UserError(
+            f"{sidecar} was edited: {'; '.join(different)}, as the graph says. Put back what was "
+            "exported, or export again"
         )
 
 

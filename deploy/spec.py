@@ -1,11 +1,13 @@
 """ModelSpec: all that a client must know to use an exported graph. Standard library only."""
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from deploy.errors import UserError
+from fgd_inputs.json_file import number, read_json, shown
 
 FORMAT = "fgd-onnx-1"
 INPUT_NAMES = ("images", "image_sizes")
@@ -18,6 +20,42 @@ _CHOICES = {
     "dynamic": ("none", "batch", "image"),
     "precision": ("fp32", "fp16", "int8"),
     "target": ("onnx", "tensorrt"),
+}
+_LARGEST = 65_535  # of any whole number: twice that in both directions would not fit into memory
+
+
+def _text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _finite(value: Any) -> bool:
+    return math.isfinite(math.nan if number(value) is None else number(value))
+
+
+def _list_of(holds):
+    return lambda value: type(value) is list and all(map(holds, value))
+
+
+# What a field of each type may hold, in words and as a test.
+_TYPES = {
+    str: ("text", _text),
+    bool: ("true or false", lambda value: type(value) is bool),
+    int: (f"a whole number in 0..{_LARGEST}", _count),
+    Optional[int]: (
+        f"a whole number in 1..{_LARGEST}, or null",
+        lambda value: value is None or (_count(value) and value > 0),
+    ),
+    float: ("a finite number", _finite),
+    List[str]: ("a list of texts", _list_of(_text)),
+    List[float]: ("a list of finite numbers", _list_of(_finite)),
+    Dict[str, str]: (
+        "texts by name",
+        lambda value: type(value) is dict and all(map(_text, [*value, *value.values()])),
+    ),
 }
 
 
@@ -77,10 +115,16 @@ class ModelSpec:
 
     def __post_init__(self):
         if self.format != FORMAT:
-            raise UserError(f"model format {self.format!r} is not {FORMAT!r}; export it again")
+            raise UserError(f"model format {shown(self.format)} is not {FORMAT!r}; export it again")
+        for f in fields(self):
+            expected, holds = _TYPES[f.type]
+            if not holds(getattr(self, f.name)):
+                found = shown(getattr(self, f.name))
+                raise UserError(f"model spec: {f.name} is {found}, expected {expected}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"model spec: {name} is {getattr(self, name)!r}, not in {allowed}")
+                found = shown(getattr(self, name))
+                raise UserError(f"model spec: {name} is {found}, not in {allowed}")
         if not self.classes:
             raise UserError("model spec: no class names")
         if (self.mask_size > 0) != (self.task == "instance_segmentation"):
@@ -93,6 +137,13 @@ class ModelSpec:
             )
         if self.filled and self.height is None:
             raise UserError("model spec: filled is true, but there is no fixed canvas to be filled")
+
+    def differences(self, other: "ModelSpec") -> List[str]:
+        """ "classes is [...], not [...]" of each field in which another one differs."""
+        a, b = asdict(self), asdict(other)
+        return [
+            f"{name} is {shown(a[name])}, not {shown(b[name])}" for name in a if a[name] != b[name]
+        ]
 
     @property
     def output_names(self) -> Tuple[str, ...]:
@@ -143,10 +194,7 @@ class ModelSpec:
     @classmethod
     def from_json(cls, path) -> "ModelSpec":
         """Read what `to_json` wrote. UserError for a missing, foreign or damaged file."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read model spec {path}: {error}") from error
+        values = read_json(str(path), "model spec")
         if isinstance(values, dict):
             values.pop("contract", None)  # follows from the rest
         return cls._from_dict(values, where=str(path))
@@ -171,8 +219,8 @@ class ModelSpec:
                 for f in fields(cls)
                 if f.name in metadata
             }
-        except ValueError as error:
-            raise UserError(f"the graph's metadata is damaged: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"the graph's metadata is damaged: {shown(error)}") from error
         return cls._from_dict(values, where="the graph's metadata")
 
     @classmethod
@@ -185,6 +233,9 @@ class ModelSpec:
         if not required <= found <= names:
             raise UserError(
                 f"{where} is no model spec of ours (missing {sorted(required - found)}, unknown "
-                f"{sorted(found - names)}); was the model written by deploy/export.py?"
+                f"{shown(sorted(found - names))}); was the model written by deploy/export.py?"
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from deploy.errors import ParityError, UserError, run_main
+from deploy.errors import ParityError, run_main
+from deploy.serving.graph_file import load_graph
 
 OPSET = 20  # TensorRT 10.0 takes 9 to 20
 TOP_K = 3840
@@ -214,10 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        model = onnx.load(args.model)
-    except Exception as error:  # onnx has no class of its own for a damaged file
-        raise UserError(f"cannot read {args.model}: {error}") from error
+    _, model = load_graph(args.model)
     found = lint(model)
     for line in [*found, *(f"note: {text}" for text in notes(model))]:
         print(line)

@@ -23,6 +23,7 @@ from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.load import Student, load_student
 from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
+from deploy.serving import time_limit
 from deploy.spec import ModelSpec
 
 _EXAMPLES = """examples:
@@ -133,12 +134,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="AP that int8 may lose to float32, of 100 (%(default)s)",
     )
+    time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
+    time_limit.limit_time(args.time_limit)
     warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     dataset = (args.dataset, args.images_root) if args.dataset else None
     differences, report = recheck(

@@ -9,6 +9,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from deploy.errors import UserError
+from deploy.serving.bounded_run import run_session
 
 _AT_ONCE = 64  # tensors fetched per run: all of a large graph would not fit into memory
 _ROUNDINGS = 256  # of the tensor's largest value, where weights already differ by rounding
@@ -55,7 +56,9 @@ def first_divergence(
     sessions = [_open(graph, names) for graph in (model, reference)]
     for start in range(0, len(names), _AT_ONCE):
         chunk = names[start : start + _AT_ONCE]
-        results = [_run(session, chunk, feed) for session in sessions]
+        results = [
+            run_session(session, chunk, feed, "the graph node by node") for session in sessions
+        ]
         for name, found, expected in zip(chunk, *results):
             if _differ(found, expected, exact):
                 return _describe(name, makers[name], found, expected, model)
@@ -77,13 +80,6 @@ def _open(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:
         return ort.InferenceSession(copy.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:  # its exception classes share no base of their own
         raise UserError(f"ONNX Runtime cannot load the graph node by node: {error}") from error
-
-
-def _run(session: ort.InferenceSession, names: Sequence[str], feed) -> List[np.ndarray]:
-    try:
-        return session.run(names, feed)
-    except Exception as error:
-        raise UserError(f"ONNX Runtime cannot run the graph node by node: {error}") from error
 
 
 def _differ(found: np.ndarray, expected: np.ndarray, exact: bool) -> bool:

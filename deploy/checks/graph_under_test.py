@@ -10,6 +10,7 @@ from deploy.checks.matching import Found
 from deploy.checks.verify_images import Batch
 from deploy.graphs.convert import RAW, THRESHOLD, expose_raw
 from deploy.runtime import open_session
+from deploy.serving.bounded_run import run_session
 from deploy.spec import INPUT_NAMES, MASKS, OUTPUT_NAMES, ModelSpec
 from deploy.trt_lint import lint
 
@@ -42,7 +43,7 @@ class GraphUnderTest:
     def run(self, batch: Batch) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
         """The outputs, and the raw predictions, by name."""
         names = [output.name for output in self.session.get_outputs()]
-        values = self.session.run(names, dict(zip(INPUT_NAMES, batch)))
+        values = run_session(self.session, names, dict(zip(INPUT_NAMES, batch)), self.name)
         results = dict(zip(names, values))
         raw = {name: value for name, value in results.items() if name.startswith(RAW)}
         return {name: results[name] for name in self.output_names}, raw

@@ -1,12 +1,11 @@
 """Any graph of ours against any checkpoint: contract, weights, nodes, detections."""
 
 import hashlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import List, Optional
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from deploy.checks.divergence import Divergence, first_divergence
 from deploy.checks.graph_difference import Comparison, compare_initializers, structure_difference
@@ -20,6 +19,7 @@ from deploy.graphs.convert import RAW, THRESHOLD, to_onnx
 from deploy.load import Student
 from deploy.reduced.half import half_model
 from deploy.reduced.quantize import fold_batch_norms
+from deploy.serving.graph_file import load_graph
 from deploy.spec import INPUT_NAMES, ModelSpec
 
 _SHOWN = 8  # differing initializers in a text
@@ -76,15 +76,7 @@ def read_graph(path) -> Graph:
     Raises:
         UserError: not there, no ONNX model, or none of ours.
     """
-    try:
-        content = Path(path).read_bytes()
-        model = onnx.load_from_string(content)
-    except OSError as error:
-        raise UserError(f"cannot read model {path}: {error.strerror}") from error
-    except DecodeError as error:
-        raise UserError(f"{path} is no ONNX model, or damaged: {error}") from error
-    if any(tensor.external_data for tensor in model.graph.initializer):
-        raise UserError(f"{path} keeps weights in other files, which deploy/export.py never does")
+    content, model = load_graph(path)
     try:
         spec = ModelSpec.from_metadata({entry.key: entry.value for entry in model.metadata_props})
     except UserError as error:
@@ -162,22 +154,15 @@ def _sidecar(graph: Graph) -> List[str]:
             f"{path.name} belongs to another file: it says SHA-256 {expected[:12]}..., the graph "
             f"has {graph.sha256[:12]}..."
         ]
-    return [
-        f"{path.name}, against the file: {text}" for text in _spec_difference(beside, graph.spec)
-    ]
+    return [f"{path.name}, against the file: {text}" for text in beside.differences(graph.spec)]
 
 
 def _contract(spec: ModelSpec, made: ModelSpec) -> List[str]:
     skipped = {name: getattr(made, name) for name in _IDENTITY}
     return [
         f"the file's metadata, against the checkpoint: {text}"
-        for text in _spec_difference(replace(spec, **skipped), made)
+        for text in replace(spec, **skipped).differences(made)
     ]
-
-
-def _spec_difference(spec: ModelSpec, expected: ModelSpec) -> List[str]:
-    a, b = asdict(spec), asdict(expected)
-    return [f"{name} is {a[name]!r}, not {b[name]!r}" for name in a if a[name] != b[name]]
 
 
 def _same_predictions(graph: Graph, reference: onnx.ModelProto, made: ModelSpec) -> bool:

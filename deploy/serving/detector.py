@@ -18,6 +18,8 @@ from deploy.serving.preprocess import (
 )
 from deploy.spec import MASKS, ModelSpec
 
+_ROUNDING = 1e-3  # of a score in 0..1
+
 
 @dataclass
 class Detections:
@@ -76,8 +78,8 @@ class Detector(ABC):
             batch_size: how many share one run, as far as the graph allows. Images that share a run
                 share a canvas, which can change scores slightly, as in training.
         Raises:
-            UserError: an image cannot be read or is too thin, or the network gives NaN or
-                infinity; nothing is returned for the others then.
+            UserError: an image cannot be read or is too thin, or the network gives NaN, infinity
+                or what its contract does not allow; nothing is returned for the others then.
         """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}, expected 1 or more")
@@ -88,6 +90,7 @@ class Detector(ABC):
             arrays = [load_image(source, self.max_pixels) for source in sources]
             prepared = [prepare(array, self.spec) for array in arrays]
             outputs = self.run(*make_batch(prepared, self.spec))
+            self._check_tensors(outputs, len(sources))
             for i, (array, image) in enumerate(zip(arrays, prepared, strict=True)):
                 rows = {name: output[i] for name, output in outputs.items()}
                 detections.append(self._detections(rows, array.shape[:2], image.shape[:2]))
@@ -119,8 +122,23 @@ class Detector(ABC):
                     results[i] = error
         return [(arrays.get(i), results[i]) for i in range(len(images))]
 
+    def _check_tensors(self, outputs: Dict[str, np.ndarray], images: int) -> None:
+        """UserError unless types and shapes are the contract's, whatever the graph declares."""
+        for name, tensor in self.spec.contract()["outputs"].items():
+            expected, found = (images, *tensor["shape"][1:]), outputs.get(name)
+            if found is None or found.dtype != tensor["dtype"] or found.shape != expected:
+                actual = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise UserError(
+                    f"{self.name} answers {actual} for {name}, expected {tensor['dtype']} "
+                    f"{list(expected)}"
+                )
+
     def _detections(self, rows, size, input_size) -> Detections:
         count = int(rows["num_dets"][0])
+        if not 0 <= count <= len(rows["boxes"]):
+            raise UserError(
+                f"{self.name} gives {count} detections, expected 0..{len(rows['boxes'])}"
+            )
         boxes, scores, labels = (rows[name][:count] for name in ("boxes", "scores", "labels"))
         masks = rows[MASKS][:count] if self.spec.mask_size else None
         # all scores: an image that the network failed on has no detection, but scores of NaN
@@ -130,11 +148,10 @@ class Detector(ABC):
                 f"{self.name} gives NaN or infinity for an image of {size}: its "
                 "weights are damaged, or it overflows on this provider"
             )
-        if count and not 0 <= labels.min() <= labels.max() < len(self.spec.classes):
-            raise UserError(
-                f"{self.name} gives class {labels.max()}, but names only "
-                f"{len(self.spec.classes)} classes"
-            )
+        self._check_range("class", labels, 0, len(self.spec.classes) - 1)
+        self._check_range("score", scores, 0, 1)
+        if masks is not None:
+            self._check_range("mask value", masks, 0, 1)
         boxes = rescale(boxes, input_size, size)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         if self.min_score is not None:
@@ -143,6 +160,13 @@ class Detector(ABC):
         labels = labels[keep].astype(np.int64)
         masks = None if masks is None else masks[keep]
         return Detections(boxes[keep], scores[keep], labels, size, input_size, shrunk, masks)
+
+    def _check_range(self, what: str, values: np.ndarray, least: int, most: int) -> None:
+        beyond = values[(values < least - _ROUNDING) | (values > most + _ROUNDING)]
+        if beyond.size:
+            raise UserError(
+                f"{self.name} gives a {what} of {beyond[0]:g}, expected {least}..{most}"
+            )
 
 
 def rescale(boxes: np.ndarray, input_size: Tuple[int, int], size: Tuple[int, int]) -> np.ndarray:
@@ -153,5 +177,6 @@ def rescale(boxes: np.ndarray, input_size: Tuple[int, int], size: Tuple[int, int
     """
     (input_h, input_w), (height, width) = input_size, size
     scale_x, scale_y = width / input_w, height / input_h
-    boxes = boxes * np.array([scale_x, scale_y] * 2, np.float32)
+    with np.errstate(over="ignore"):  # infinity is clipped as well
+        boxes = boxes * np.array([scale_x, scale_y] * 2, np.float32)
     return boxes.clip(0, np.array([width, height] * 2, np.float32))

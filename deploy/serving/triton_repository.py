@@ -16,6 +16,7 @@ from typing import Iterator, List, Optional, Sequence
 from deploy.errors import UserError, run_main
 from deploy.files import make_folder, write_atomically
 from deploy.runtime import OrtDetector
+from deploy.serving.graph_file import read_graph_file
 from deploy.spec import ModelSpec
 
 _EXAMPLES = """examples:
@@ -86,7 +87,7 @@ def served_model(
         tensors=tensors,
         config=_service(name, batch, instances, device) + tensors + _spec_line(spec),
         labels="".join(f"{label}\n" for label in spec.classes),
-        graph=detector.path.read_bytes(),
+        graph=read_graph_file(detector.path),
     )
 
 

@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector, open_session
+from deploy.serving.bounded_run import run_session
 from deploy.serving.preprocess import make_batch, prepare
 from deploy.spec import INPUT_NAMES, ModelSpec
 from deploy.speed.subgraph import network_only
@@ -151,7 +152,7 @@ def bound_call(session: ort.InferenceSession, feed: Dict[str, np.ndarray]) -> Ca
     """
     names = [value.name for value in session.get_outputs()]
     if session.get_providers() == ["CPUExecutionProvider"]:
-        return lambda: dict(zip(names, session.run(names, feed), strict=True))
+        return lambda: dict(zip(names, run_session(session, names, feed, "the graph"), strict=True))
     return binding_call(session, feed, "cuda")
 
 

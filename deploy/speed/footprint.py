@@ -8,6 +8,7 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
+from deploy.serving import time_limit
 from deploy.speed.bench_rows import GRAPH, LEGACY, Contender
 from deploy.speed.timing import peak_memory
 
@@ -26,7 +27,8 @@ def measure_alone(
         loaded or run.
     """
     # spawned, not forked: a fork would start with our memory and with PyTorch's locks
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn, limit = multiprocessing.get_context("spawn"), (time_limit.time_limit(),)
+    with ProcessPoolExecutor(1, spawn, time_limit.limit_time, limit) as pool:
         try:
             return pool.submit(_measure, contender, provider, threads, list(images)).result()
         except BrokenProcessPool:

@@ -1,6 +1,7 @@
 """OrtDetector on graphs whose outputs are known exactly, and its refusals."""
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -185,8 +186,55 @@ def assert_identical(found, expected):
 
 def test_more_labels_than_class_names_is_reported(tmp_path):
     write_fake_graph(tmp_path / "m.onnx", labels=(0, 1, 3))
-    with pytest.raises(UserError, match="class 3, but names only 3 classes"):
+    with pytest.raises(UserError, match=r"m\.onnx gives a class of 3, expected 0\.\.2"):
         OrtDetector(tmp_path / "m.onnx").detect([plain(8, 8)])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"count": -1000}, "gives -1000 detections, expected 0..3"),
+        ({"count": 4}, "gives 4 detections, expected 0..3"),
+        ({"divisor": 5.1}, "gives a score of 50, expected 0..1"),
+        ({"divisor": -255.0}, "gives a score of -1, expected 0..1"),
+        ({"divisor": 0.0}, "gives NaN or infinity for an image of (8, 8): its weights are"),
+        ({"labels": (-1, 0, 0)}, "gives a class of -1, expected 0..2"),
+        ({"fractions": ((np.nan, 0, 1, 1),) * 3}, "gives NaN or infinity for an image of (8, 8)"),
+    ],
+    ids=str,
+)
+def test_answers_that_no_detector_gives_are_one_line(tmp_path, changes, message):
+    write_fake_graph(tmp_path / "m.onnx", **changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        OrtDetector(tmp_path / "m.onnx").detect([plain(8, 8, (255, 128, 26))])
+
+
+def test_huge_boxes_are_clipped_without_a_warning(tmp_path, recwarn):
+    write_fake_graph(tmp_path / "m.onnx", fractions=((0, 0, 3e36, 3e36),) * 3)
+    (found,) = OrtDetector(tmp_path / "m.onnx").detect([plain(640, 960)])
+    assert found.boxes.tolist() == [[0, 0, 960, 640]] * 3 and not recwarn.list
+
+
+def test_what_cannot_be_run_is_one_line(model):
+    detector = OrtDetector(model)
+    with pytest.raises(UserError, match=r"^ONNX Runtime cannot run .*model\.onnx: .*tensor"):
+        detector.run(np.zeros((1, 3, 5, 5), np.float64), np.zeros((1, 2), np.int32))
+
+
+def test_shapes_are_those_of_the_answer_not_of_the_declaration(model, monkeypatch):
+    detector = OrtDetector(model)
+    outputs = detector.run(np.zeros((1, 3, 64, 96), np.float32), np.array([[64, 96]], np.int32))
+    monkeypatch.setattr(detector, "run", lambda *_: {**outputs, "labels": outputs["labels"][:, :2]})
+    with pytest.raises(UserError, match=r"answers int32 \[1, 2\] for labels, expected int32"):
+        detector.detect([plain(64, 96)])
+
+
+@pytest.mark.parametrize("field, value", [("classes", ["a", "b", "c"]), ("min_size", 32)])
+def test_an_edited_sidecar_is_refused(model, field, value):
+    hashes = {"graph_sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
+    fake_spec(hashes=hashes, **{field: value}).to_json(model.with_suffix(".json"))
+    with pytest.raises(UserError, match=rf"model\.json was edited: {field} is .*, as the graph"):
+        OrtDetector(model)
 
 
 def test_sidecar_must_belong_to_the_graph(model):

@@ -1,7 +1,13 @@
 import json
-from dataclasses import replace
+import math
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploy.errors import UserError
 from deploy.spec import ModelSpec
@@ -75,8 +81,21 @@ def test_metadata_round_trip_without_the_graph_hash(canvas):
         {"format": "fgd-onnx-0"},
         {"mask_size": 28},
         {"task": "instance_segmentation"},
+        {"classes": "circle"},
+        {"classes": ["a", 1]},
+        {"min_size": "96"},
+        {"min_size": True},
+        {"max_size": 10**400},
+        {"score_threshold": math.inf},
+        {"nms_threshold": math.nan},
+        {"mean": [1.0, None]},
+        {"size_divisibility": -32},
+        {"width": 0},
+        {"filled": 1},
+        {"hashes": {"graph_sha256": 5}},
+        {"versions": []},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:40],
 )
 def test_impossible_values_are_refused(changes):
     with pytest.raises(UserError):
@@ -98,6 +117,45 @@ def test_missing_file_foreign_and_damaged_metadata_are_refused(tmp_path):
         ModelSpec.from_metadata({})
     with pytest.raises(UserError, match="damaged"):
         ModelSpec.from_metadata({**_spec().to_metadata(), "mean": "[1, 2"})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=2), inside),
+    max_leaves=5,
+) | st.sampled_from([10**400, -1, 0, 1, 65_535, 65_536, "BGR", "fp16", [""], ["a"], {"a": "b"}])
+NAMES = st.sampled_from([f.name for f in fields(ModelSpec)])
+
+
+@settings(max_examples=int(os.environ.get("FUZZ_FIELDS", 200)), deadline=None)
+@given(st.dictionaries(NAMES, JSON, min_size=1, max_size=3))
+def test_any_value_of_any_field_is_read_or_refused_in_one_line(changes):
+    """By both ways in; what is read has a contract, whose shapes and types can be relied on."""
+    values = {**asdict(_spec()), **changes}
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.json")
+        path.write_text(json.dumps(values))
+        for read in (lambda: ModelSpec.from_json(path), lambda: ModelSpec.from_metadata(metadata)):
+            try:
+                spec = read()
+            except UserError as error:
+                assert len(str(error)) < 700
+                continue
+            json.dumps(spec.contract(), allow_nan=False)
+            assert all(type(name) is str for name in spec.classes)
+            assert 0 <= spec.min_size <= 65_535 and spec.height != 0
+
+
+def test_a_deep_file_is_one_line(tmp_path):
+    path, deep = tmp_path / "model.json", "[" * 100_000
+    path.write_text(f'{{"classes": {deep}')
+    with pytest.raises(UserError, match="model.json is nested too deeply"):
+        ModelSpec.from_json(path)
+    with pytest.raises(UserError, match="metadata is damaged"):
+        ModelSpec.from_metadata({**_spec().to_metadata(), "mean": deep})
+    with pytest.raises(UserError, match="metadata is damaged"):
+        ModelSpec.from_metadata({**_spec().to_metadata(), "mean": ["text expected"]})
 
 
 def test_json_is_stable(tmp_path):
