@@ -14,9 +14,10 @@ from deploy.coco_ap import METRICS, Result, coco_metrics
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
-from deploy.predict import SHRUNK, show_progress
+from deploy.predict import SHRUNK
 from deploy.runtime import OrtDetector
 from deploy.serving import time_limit
+from deploy.serving.many_images import show_progress
 from deploy.serving.paste import encode_rle
 from deploy.spec import ModelSpec
 from fgd_inputs.names import one_line

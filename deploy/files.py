@@ -1,9 +1,11 @@
 """Writing results: a reader sees the old file or the whole new one. Standard library only."""
 
+import hashlib
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Optional
 
 from deploy.errors import UserError
 
@@ -35,6 +37,28 @@ def write_atomically(path, content: bytes) -> None:
 
 
 def write_json(path, data) -> None:
-    """`data` as indented UTF-8 JSON, atomically. ValueError for NaN: no JSON reader takes it."""
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode("utf-8"))
+    """`data` as `json_bytes`, indented, atomically."""
+    write_atomically(path, json_bytes(data, indent=1))
+
+
+def json_bytes(data, indent: Optional[int] = None) -> bytes:
+    r"""`data` as JSON in UTF-8. ValueError for NaN: no JSON reader takes it.
+
+    A byte of a file name that is not UTF-8 becomes "\udcXX", as `os.fsencode` takes it back.
+    """
+    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")
+
+
+def content_sha256(path) -> Optional[str]:
+    """SHA-256 of a file; None if it is no regular one or cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        if not os.path.isfile(path):  # a pipe would be emptied
+            return None
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from deploy.coco_data import CocoData
 from deploy.errors import UserError
+from deploy.files import write_json
 from fgd_inputs.coco import read_coco
 
 
@@ -26,7 +27,8 @@ class CocoIds:
         self, files: Sequence[Path], classes: Sequence[str], annotations: Optional[str] = None
     ):
         self.files, self.classes = [str(file) for file in files], list(classes)
-        if annotations is None:
+        self.own = annotations is None
+        if self.own:
             self.images = {file: i for i, file in enumerate(self.files, 1)}
             self.categories = list(range(1, len(self.classes) + 1))
         else:
@@ -34,6 +36,12 @@ class CocoIds:
             data = CocoData(annotations, found.images, found.truth())
             self.categories = data.category_ids(self.classes)
             self.images = _image_ids(files, found.images, annotations)
+
+    def write(self, output: Path, images: Sequence[Dict[str, Any]]) -> None:
+        """coco_results.json, and coco_images.json if no dataset says what the ids are."""
+        write_json(output / "coco_results.json", self.results(images))
+        if self.own:
+            write_json(output / "coco_images.json", self.dataset(images))
 
     def results(self, images: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A dict per detection: image_id, category_id, bbox (x, y, width, height), score, and

@@ -163,7 +163,7 @@ def test_output_is_replaced_whole_or_not_at_all(model, photos, tmp_path, monkeyp
     assert run(model, photos / "a.png", "--output", out, "--no-images") == 2
     assert (out / "detections.json").read_bytes() == before
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["detections.json", "detections.jsonl"]
+    assert names == [".fgd_lock", "detections.json", "detections.jsonl"]
 
 
 def test_as_typed_from_another_folder(model, photos, tmp_path):

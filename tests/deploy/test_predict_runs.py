@@ -151,7 +151,7 @@ def test_resume_from_a_foreign_journal_is_refused(model, many, tmp_path, damage,
     journal = tmp_path / "out" / "detections.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     if damage == "other model":
-        write_fake_graph(model, divisor=254.0)
+        write_fake_graph(model, divisor=256.0)
     elif damage == "html":
         journal.write_text("<html>\n")
     else:
@@ -191,6 +191,134 @@ def test_pixel_budget_is_an_option(model, photos, tmp_path, capsys, monkeypatch)
     assert run(model, photos, "--output", out, "--max-pixels", 5000) == 2
     assert "c.PNG exceeds 5000 pixels" in capsys.readouterr().err
     assert run(model, photos, "--output", out, "--max-pixels", 20000) == 0
+
+
+def contents(folder):
+    """Every file of an output, the journal's order and the lock left out."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (".fgd_lock", "detections.jsonl")
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_repaired_image_gives_the_files_of_a_fresh_run(model, tmp_path, batch_size, capsys):
+    """Two files of one stem: the picture of the second kept its name when the first was damaged."""
+    for name, colour in {"a.bmp": 40, "a.jpg": 90, "a.png": 200}.items():
+        Image.new("RGB", (96, 64), (colour, 20, 255)).save(tmp_path / name)
+    files = [tmp_path / name for name in ("a.bmp", "a.jpg", "a.png")]
+    sound, options = files[0].read_bytes(), ("--batch-size", batch_size, "--format", "coco")
+    files[0].write_bytes(sound[:100])
+    assert run(model, *files, "--output", tmp_path / "out", *options) == 2
+    assert {p.name for p in (tmp_path / "out" / "pictures").iterdir()} == {"a_2.jpg", "a_3.jpg"}
+    files[0].write_bytes(sound)
+    assert run(model, *files, "--output", tmp_path / "out", *options, "--resume") == 0
+    assert run(model, *files, "--output", tmp_path / "fresh", *options) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    files[1].write_bytes(b"cut")  # and the other way round
+    assert run(model, *files, "--output", tmp_path / "out", *options, "--resume") == 2
+    assert run(model, *files, "--output", tmp_path / "fresh 2", *options) == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh 2")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_content_decides_whether_a_file_is_another(model, many, tmp_path, runs):
+    """Not its date nor its size: a copy keeps both, a checkout changes one without a reason."""
+    many = [path.rename(path.with_suffix(".bmp")) for path in many if not path.stem == "6"]
+    for i, path in enumerate(many):
+        Image.new("RGB", (96, 64), (i, 20, 255)).save(path)
+    command = (model, *many, "--output", tmp_path / "out")
+    assert run(*command) == 0
+    before, status = many[0].read_bytes(), os.stat(many[0])
+    many[0].write_bytes(many[1].read_bytes())
+    os.utime(many[0], ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(many[2])
+    del runs[:]
+    assert run(*command, "--resume") == 0 and runs == [1]
+    assert run(model, *many, "--output", tmp_path / "fresh") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    many[0].write_bytes(before)
+    del runs[:]
+    assert run(*command, "--resume") == 0 and runs == [1]
+    (tmp_path / "out" / "pictures" / "3.jpg").write_bytes(b"edited")
+    assert run(*command, "--resume") == 0 and runs == [1, 1]
+
+
+def test_other_company_in_a_batch_is_noticed(model, many, tmp_path, runs):
+    command = (model, "--output", tmp_path / "out", "--batch-size", 3, "--resume")
+    assert run(*command, *many[:5]) == 0 and runs == [3, 2]
+    del runs[:]
+    assert run(*command, *many[:6]) == 0 and runs == [3]
+    del runs[:]
+    assert run(*command, many[6], *many[:6]) == 0 and runs == [3, 3, 1]
+
+
+def test_two_runs_cannot_share_an_output(model, many, tmp_path, capsys):
+    out, content = tmp_path / "out", many[1].read_bytes()
+    many[1].unlink()
+    os.mkfifo(many[1])
+    process = typed(model, *many, "--output", out)
+    while not (out / "detections.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    other = tmp_path / "other.onnx"
+    write_fake_graph(other, divisor=256.0)
+    before = contents(out)
+    for extra in ([], ["--resume"]):
+        assert run(other, *many, "--output", out, *extra) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--output {out} is in use by another run of predict.py (pid {process.pid}" in line
+    assert contents(out) == before
+    process.kill()
+    process.communicate(timeout=60)
+    many[1].unlink()
+    many[1].write_bytes(content)
+    assert run(model, *many, "--output", out, "--resume") == 0
+    assert "was killed; its lock is gone" in capsys.readouterr().err
+
+
+def test_every_line_names_the_graph_that_made_it(model, many, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(model, *many, "--output", out) == 0
+    sha256 = read(out)["graph_sha256"]
+    first, *lines = map(json.loads, (out / "detections.jsonl").read_text().splitlines())
+    assert first["model"] == sha256 and [line["model"] for line in lines] == [sha256] * 7
+    lines[2]["model"] = "0" * 64  # as two runs into one folder mixed them
+    text = "".join(json.dumps(line) + "\n" for line in (first, *lines))
+    (out / "detections.jsonl").write_text(text)
+    assert run(model, *many, "--output", out, "--resume") == 2
+    assert "line 4 is of another model than the first line" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_and_long_ones_are_done(model, tmp_path, capsys):
+    names = [b"caf\xe9.png", b"\xff\n.png", b"x" * 251 + b".png", "größe.png".encode()]
+    folder, out = os.fsencode(tmp_path / "odd"), tmp_path / "out"
+    os.mkdir(folder)
+    for name in names:
+        with open(os.path.join(folder, name), "wb") as file:
+            Image.new("RGB", (96, 64), (26, 153, 255)).save(file, "PNG")
+    with open(os.path.join(folder, b"z\xe9.png"), "wb") as file:
+        file.write(b"cut")
+    command = (model, tmp_path / "odd", "--output", out, "--format", "coco")
+    for extra in ([], ["--resume"]):
+        assert run(*command, *extra) == 2
+        found = [os.fsencode(entry["file"]) for entry in read(out)["images"]]
+        assert found == sorted(os.path.join(folder, name) for name in names)
+        for entry in read(out)["images"]:
+            assert Image.open(os.path.join(os.fsencode(out), os.fsencode(entry["picture"])))
+        ids = json.loads((out / "coco_images.json").read_text(encoding="utf-8"))
+        assert [os.fsencode(image["file_name"]) for image in ids["images"]] == found
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"failed: {tmp_path}/odd/z\\xe9.png: cannot read image")
+
+
+def test_an_output_that_is_not_utf8(model, photos, tmp_path):
+    out = os.fsencode(tmp_path) + b"/\xe9"
+    command = [sys.executable, predict.__file__, model, photos, "--output", out]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"0 failed: " + os.fsencode(tmp_path) + b"/\\xe9/detections.json\n" in done.stdout
 
 
 def test_progress_only_where_someone_watches(model, many, tmp_path):
