@@ -9,27 +9,33 @@ where `deploy/triton.py` has put it.
 """
 
 import hashlib
-import http.client
 import json
 import re
-import urllib.error
-import urllib.request
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
 from deploy.errors import UserError
 from deploy.serving.detector import Detector
+from deploy.serving.http_request import Answer, send
 from deploy.serving.preprocess import MAX_PIXELS
 from deploy.spec import INPUT_NAMES, ModelSpec
+from fgd_inputs.json_file import shown, whole
+from fgd_inputs.names import one_line
 
 _URL = re.compile(r"https?://[^/]+(/.*)?/v2/models/[^/]+(/versions/\d+)?")
+_SIZE = re.compile("[0-9]{1,18}")
 _JSON_SIZE = "Inference-Header-Content-Length"  # header: how much of a body is JSON
 _DATATYPES = {"FP32": "<f4", "UINT8": "|u1", "INT32": "<i4"}  # the protocol's -> numpy's
 _NAMES = {"float32": "FP32", "uint8": "UINT8", "int32": "INT32"}
 
+_SHOWN = 300  # characters of a message about what the server sent
+_LARGEST_BATCH = 65_535
+# what reading an answer meets when it is not as it should be
+_DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+
 # url, body (None: GET) and headers -> the answer's body and headers. UserError if there is none.
-Transport = Callable[[str, Optional[bytes], Mapping[str, str]], Tuple[bytes, Mapping[str, str]]]
+Transport = Callable[[str, Optional[bytes], Mapping[str, str]], Answer]
 
 
 def is_url(model) -> bool:
@@ -64,9 +70,11 @@ class TritonDetector(Detector):
         self._send = transport or send
         config, metadata = self._get("/config"), self._get("")
         self.spec = _read_spec(config, self.name)
-        self.max_batch = max(_integer(config.get("max_batch_size", 0), self.name), 1)
-        described = json.dumps([config, metadata], sort_keys=True).encode()
-        self.identity = f"{self.name} {hashlib.sha256(described).hexdigest()}"
+        batch = config.get("max_batch_size", 0)
+        if whole(batch) is None or not 0 <= batch <= _LARGEST_BATCH:
+            raise UserError(f"{self.name} answers {shown(batch)} for max_batch_size")
+        self.max_batch = max(int(batch), 1)
+        self.identity = f"{self.name} {_sha256([config, metadata], self.name)}"
 
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         inputs = dict(zip(INPUT_NAMES, (images, image_sizes), strict=True))
@@ -108,72 +116,54 @@ def encode_request(inputs: Mapping[str, np.ndarray], outputs) -> Tuple[bytes, Di
 
 def decode_response(body: bytes, headers: Mapping[str, str], url: str) -> Dict[str, np.ndarray]:
     """The tensors of an answer by name. UserError if it is damaged or not binary."""
-    size = _integer(headers.get(_JSON_SIZE, len(body)), url)
-    answer, start, outputs = _parse(body[:size], url), size, {}
+    size = str(headers.get(_JSON_SIZE, len(body)))
+    if not _SIZE.fullmatch(size) or int(size) > len(body):
+        raise UserError(f"{url} answers {len(body)} bytes, {shown(size)} of them JSON")
+    start, outputs = int(size), {}
+    answer = _parse(body[:start], url)
     try:
         for output in answer["outputs"]:
             dtype = np.dtype(_DATATYPES[output["datatype"]])
-            end = start + int(output["parameters"]["binary_data_size"])
-            if end > len(body):
-                raise ValueError(f"{len(body)} bytes, at least {end} were announced")
+            announced = whole(output["parameters"]["binary_data_size"])
+            if announced is None or not 0 <= announced <= len(body) - start:
+                found = shown(output["parameters"]["binary_data_size"])
+                raise ValueError(f"{len(body) - start} bytes are left, {found} were announced")
+            end = start + announced
             values = np.frombuffer(body[start:end], dtype).reshape(output["shape"])
             outputs[output["name"]] = values.astype(dtype.newbyteorder("="))
             start = end
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{url} answers no binary tensors: {error!r}") from error
+    except _DAMAGED as error:
+        message = one_line(repr(error), _SHOWN)
+        raise UserError(f"{url} answers no binary tensors: {message}") from error
     return outputs
-
-
-def send(
-    url: str, body: Optional[bytes], headers: Mapping[str, str], timeout: float = 60
-) -> Tuple[bytes, Mapping[str, str]]:
-    """The default transport: GET without a body, else POST.
-
-    Raises:
-        UserError: no connection, no answer for `timeout` seconds, or an HTTP error, with the
-            server's own explanation.
-    """
-    request = urllib.request.Request(url, body, dict(headers))
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return answer.read(), answer.headers
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: {error.code} {_explanation(error)}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"no answer from {url}: {reason or type(error).__name__}") from error
-
-
-def _explanation(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"])
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-        return str(error.reason)
 
 
 def _read_spec(config: Dict[str, Any], url: str) -> ModelSpec:
     try:
         metadata = json.loads(config["parameters"]["spec"]["string_value"])
         return ModelSpec.from_metadata(metadata)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        # UserError is a ValueError: a spec that is not ours
+    except _DAMAGED as error:  # UserError is a ValueError: a spec that is not ours
         raise UserError(
-            f"{url} serves a model that was not written by deploy/triton.py: {error}"
+            f"{url} serves a model that was not written by deploy/triton.py: {_text(error)}"
         ) from error
 
 
 def _parse(body: bytes, url: str) -> Dict[str, Any]:
     try:
         answer = json.loads(body)
-    except ValueError as error:
-        raise UserError(f"{url} does not answer in JSON: {error}") from error
+    except _DAMAGED as error:
+        raise UserError(f"{url} does not answer in JSON: {_text(error)}") from error
     if not isinstance(answer, dict):
         raise UserError(f"{url} answers {type(answer).__name__}, expected a JSON object")
     return answer
 
 
-def _integer(text, url: str) -> int:
+def _sha256(described: Any, url: str) -> str:
     try:
-        return int(text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{url} answers {text!r} for a number") from error
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    except RecursionError as error:
+        raise UserError(f"{url} answers JSON that is nested too deeply") from error
+
+
+def _text(error: Exception) -> str:
+    return one_line(str(error), _SHOWN) or type(error).__name__

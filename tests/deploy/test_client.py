@@ -1,7 +1,11 @@
 """The client gives what the runtime gives, and one line when the server does not."""
 
 import json
+import math
+import socket
+import threading
 import time
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from deploy.checks.verify_images import draw_scene
 from deploy.client import TritonDetector, decode_response, encode_request, send
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector
+from deploy.serving import http_request, time_limit
 from deploy.serving.triton_repository import main as write_repository
 
 from .fake_graph import fake_spec, write_fake_graph
@@ -158,6 +163,113 @@ def test_servers_without_such_a_model_are_one_line(answer, message):
         TritonDetector(f"{address}/v2/models/toy")
 
 
+@pytest.mark.parametrize("size", ["-1", "x", "1e9", "9" * 5000, "99999999", "\u0664", "1.0"])
+def test_the_size_of_the_json_is_a_size(size):
+    with pytest.raises(UserError, match=r"answers 2 bytes, '.* of them JSON"):
+        decode_response(b"{}", {LENGTH: size}, URL)
+
+
+@pytest.mark.parametrize(
+    "batch", ['"8"', "-1", "1e400", "true", "[1]", "0.5", "1" + "0" * 400, "null"]
+)
+def test_a_batch_size_that_is_none_is_one_line(tmp_path, batch):
+    real = local(write_models(tmp_path))
+
+    def transport(address, body, headers):
+        content, headers = real(address, body, headers)
+        wrong = b'"max_batch_size": ' + batch.encode()
+        return content.replace(b'"max_batch_size": 8', wrong), headers
+
+    with pytest.raises(UserError, match=f"{URL} answers .* for max_batch_size"):
+        TritonDetector(URL, transport=transport)
+
+
+ODD = (b"[" * 200_000, b'{"a":' * 10**5, b"{", b'{"a": ' + b"1" * 5000 + b"}", b"\xff")
+
+
+@pytest.mark.parametrize("body", ODD, ids=len)
+@pytest.mark.parametrize("status", [200, 500])
+def test_deep_and_odd_json_is_one_line(body, status):
+    with serve(answering(body, status)) as address, pytest.raises(UserError) as error:
+        TritonDetector(f"{address}/v2/models/toy")
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", range(200, 1200, 50))
+def test_any_depth_is_read_or_refused(tmp_path, depth):
+    real = local(write_models(tmp_path))
+
+    def transport(address, body, headers):
+        content, headers = real(address, body, headers)
+        return content[:-1] + b', "x": ' + b"[" * depth + b"]" * depth + b"}", headers
+
+    with suppress(UserError):
+        TritonDetector(URL, transport=transport)
+
+
+def test_a_long_explanation_is_cut():
+    body = json.dumps({"error": "a\n\x1b" * 20_000}).encode()
+    for content in (body[:200] + b'"}', body):
+        with serve(answering(content, 400)) as address, pytest.raises(UserError) as error:
+            send(address, None, {})
+        assert str(error.value).startswith(f"{address}: 400 ") and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v2/models/a", "http://h:x/v2/models/a"])
+def test_addresses_that_are_none_are_one_line(url):
+    with pytest.raises(UserError, match="no answer from .*models/a"):
+        TritonDetector(url)
+
+
+@contextmanager
+def dripping(start):
+    """A server that sends `start`, then a byte every 0.05 seconds until nobody listens."""
+    listener, ended = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def talk():
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(start)
+            while not ended.wait(0.05):
+                connection.sendall(b"1")
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    ended.set()
+    thread.join()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"]
+    + [b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"]
+    + [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1"]
+    + [b"HTTP/1.1 500 No\r\n\r\n"],
+)
+def test_a_byte_now_and_then_does_not_keep_the_client_waiting(start):
+    """For a GET and, by the time limit, for a POST."""
+    before = time_limit.time_limit()
+    for body, timeout in ((None, 0.3), (b"x", 60)):
+        with dripping(start) as address:
+            time_limit.limit_time(0.3)
+            begun = time.monotonic()
+            with pytest.raises(UserError, match=f"no answer from {address}: not whole after 0.3 s"):
+                send(address, body, {}, timeout=timeout)
+            assert time.monotonic() - begun < 3
+    time_limit.limit_time(before)
+
+
+def test_a_body_without_an_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(http_request, "_LONGEST", 1000)
+    with serve(answering(b"x" * 1001)) as address:
+        with pytest.raises(UserError, match="no answer from .*: it is longer than 1000 bytes"):
+            send(address, None, {})
+    with serve(answering(b"x" * 1000)) as address:
+        assert send(address, None, {})[0] == b"x" * 1000
+
+
 def test_no_server_and_a_silent_one(tmp_path):
     with serve(answering(b"{}")) as address:
         pass
@@ -165,7 +277,7 @@ def test_no_server_and_a_silent_one(tmp_path):
         TritonDetector(f"{address}/v2/models/toy")
     with serve(lambda *_: time.sleep(0.5) or (200, b"{}", {})) as address:
         with pytest.raises(UserError, match="no answer from .*timed out"):
-            send(address, None, {}, timeout=0.1)
+            send(address, b"x", {}, timeout=0.1)
 
 
 def output(name="boxes", shape=(1, 1), size=4, datatype="FP32"):
@@ -180,7 +292,17 @@ def output(name="boxes", shape=(1, 1), size=4, datatype="FP32"):
 @pytest.mark.parametrize(
     "outputs, blob, message",
     [
-        ([output()], b"123", "3 bytes|at least"),
+        ([output()], b"123", "3 bytes are left, 4 were announced"),
+        ([output(size=10**400)], b"1234", "were announced"),
+        ([output(size=math.inf)], b"1234", "inf were announced"),
+        ([output(size=-4)], b"1234", "-4 were announced"),
+        ([output(size="4")], b"1234", "'4' were announced"),
+        ([output(shape=[10**30])], b"1234", "no binary tensors: OverflowError|ValueError"),
+        ([output(shape=["1"])], b"1234", "no binary tensors: TypeError"),
+        ([output(shape=[1] * 10_000)], b"1234", "no binary tensors: ValueError"),
+        ([output(name=["boxes"])], b"1234", "no binary tensors: TypeError"),
+        (5, b"", "no binary tensors: TypeError"),
+        ([[]], b"", "no binary tensors: TypeError"),
         ([output(shape=(2, 1))], b"1234", "reshape"),
         ([output(size=3)], b"123", "multiple"),
         ([output(datatype="BYTES")], b"1234", "BYTES"),
