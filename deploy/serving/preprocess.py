@@ -110,8 +110,9 @@ def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
     Returns:
         (h, w, 3) uint8 in `spec.input_format` order; fits the canvas if the spec fixes one.
     Raises:
-        UserError: the image is so thin that a side would shrink to nothing, or it does not fill the
-            canvas although the graph was exported for images that do.
+        UserError: the image is so thin that a side would shrink to nothing, it would become larger
+            than `MAX_PIXELS`, or it does not fill the canvas although the graph was exported for
+            images that do.
     """
     canvas = None if spec.height is None else (spec.height, spec.width)
     height, width = image.shape[:2]
@@ -120,6 +121,12 @@ def prepare(image: np.ndarray, spec: ModelSpec) -> np.ndarray:
         raise UserError(
             f"image {height}x{width} (height x width) is too thin: it would be resized "
             f"to {shape[0]}x{shape[1]}"
+        )
+    if shape[0] * shape[1] > max(MAX_PIXELS, height * width):
+        raise UserError(
+            f"image {height}x{width} (height x width) would be resized to {shape[0]}x{shape[1]}, "
+            f"more than {MAX_PIXELS} pixels, by min_size {spec.min_size} and max_size "
+            f"{spec.max_size}"
         )
     if spec.filled and not fills(shape, canvas, spec.size_divisibility):
         raise UserError(

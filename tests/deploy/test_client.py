@@ -2,10 +2,7 @@
 
 import json
 import math
-import socket
-import threading
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,14 +10,13 @@ from PIL import Image
 
 from deploy import predict
 from deploy.checks.verify_images import draw_scene
-from deploy.client import TritonDetector, decode_response, encode_request, send
+from deploy.client import TritonDetector, decode_response, encode_request
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector
-from deploy.serving import http_request, time_limit
 from deploy.serving.triton_repository import main as write_repository
 
 from .fake_graph import fake_spec, write_fake_graph
-from .triton_server import LENGTH, TritonStandIn, serve
+from .triton_server import LENGTH, TritonStandIn, answering, serve
 
 URL = "http://server:8000/v2/models/toy"
 ANY_SIZE = {"dynamic": "image", "height": None, "width": None}
@@ -141,10 +137,6 @@ def test_urls_of_another_form_are_refused(url):
         TritonDetector(url)
 
 
-def answering(body, status=200, headers=None):
-    return lambda *_: (status, body, headers or {})
-
-
 @pytest.mark.parametrize(
     "answer, message",
     [
@@ -207,77 +199,10 @@ def test_any_depth_is_read_or_refused(tmp_path, depth):
         TritonDetector(URL, transport=transport)
 
 
-def test_a_long_explanation_is_cut():
-    body = json.dumps({"error": "a\n\x1b" * 20_000}).encode()
-    for content in (body[:200] + b'"}', body):
-        with serve(answering(content, 400)) as address, pytest.raises(UserError) as error:
-            send(address, None, {})
-        assert str(error.value).startswith(f"{address}: 400 ") and len(str(error.value)) < 400
-
-
 @pytest.mark.parametrize("url", ["http://[::1/v2/models/a", "http://h:x/v2/models/a"])
 def test_addresses_that_are_none_are_one_line(url):
     with pytest.raises(UserError, match="no answer from .*models/a"):
         TritonDetector(url)
-
-
-@contextmanager
-def dripping(start):
-    """A server that sends `start`, then a byte every 0.05 seconds until nobody listens."""
-    listener, ended = socket.create_server(("127.0.0.1", 0)), threading.Event()
-
-    def talk():
-        connection, _ = listener.accept()
-        with connection, suppress(OSError):
-            connection.sendall(start)
-            while not ended.wait(0.05):
-                connection.sendall(b"1")
-
-    thread = threading.Thread(target=talk)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    ended.set()
-    thread.join()
-    listener.close()
-
-
-@pytest.mark.parametrize(
-    "start",
-    [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"]
-    + [b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"]
-    + [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1"]
-    + [b"HTTP/1.1 500 No\r\n\r\n"],
-)
-def test_a_byte_now_and_then_does_not_keep_the_client_waiting(start):
-    """For a GET and, by the time limit, for a POST."""
-    before = time_limit.time_limit()
-    for body, timeout in ((None, 0.3), (b"x", 60)):
-        with dripping(start) as address:
-            time_limit.limit_time(0.3)
-            begun = time.monotonic()
-            with pytest.raises(UserError, match=f"no answer from {address}: not whole after 0.3 s"):
-                send(address, body, {}, timeout=timeout)
-            assert time.monotonic() - begun < 3
-    time_limit.limit_time(before)
-
-
-def test_a_body_without_an_end_is_given_up(monkeypatch):
-    monkeypatch.setattr(http_request, "_LONGEST", 1000)
-    with serve(answering(b"x" * 1001)) as address:
-        with pytest.raises(UserError, match="no answer from .*: it is longer than 1000 bytes"):
-            send(address, None, {})
-    with serve(answering(b"x" * 1000)) as address:
-        assert send(address, None, {})[0] == b"x" * 1000
-
-
-def test_no_server_and_a_silent_one(tmp_path):
-    with serve(answering(b"{}")) as address:
-        pass
-    with pytest.raises(UserError, match=f"no answer from {address}.*refused"):
-        TritonDetector(f"{address}/v2/models/toy")
-    with serve(lambda *_: time.sleep(0.5) or (200, b"{}", {})) as address:
-        with pytest.raises(UserError, match="no answer from .*timed out"):
-            send(address, b"x", {}, timeout=0.1)
 
 
 def output(name="boxes", shape=(1, 1), size=4, datatype="FP32"):

@@ -206,6 +206,12 @@ def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path):
         load_image(path)
 
 
+def test_sizes_that_would_not_fit_into_memory_are_refused():
+    spec = fake_spec(min_size=60_000, max_size=65_535, dynamic="image", height=None, width=None)
+    with pytest.raises(UserError, match="would be resized to 49151x65535, more than 89478485"):
+        prepare(np.zeros((60, 80, 3), np.uint8), spec)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
 )

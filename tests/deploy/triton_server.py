@@ -128,6 +128,11 @@ class TritonStandIn:
         return b"".join([header, *blobs]), {LENGTH: str(len(header))}
 
 
+def answering(body, status=200, headers=None):
+    """What `serve` takes: always the same answer."""
+    return lambda *_: (status, body, headers or {})
+
+
 @contextmanager
 def serve(answer):
     """A HTTP server on a free port of this machine; yields its address."""
