@@ -16,6 +16,7 @@ HOSTILE = (
     "$\\frac{$ a|b `c` [x](javascript:alert(1)) ![y](http://127.0.0.1:9/y.png)",
     'O\'Neil "q" </td></table>\n## Injected heading\n\n<b>&amp;',
     "# heading",
+    "#<no space",
     "---",
     "- list",
     "12345. list",

@@ -13,7 +13,7 @@ _OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud
 _MARKDOWN = re.compile(
     r"""[\\`*\[\]|~$]          # code, emphasis, links, pictures, cells, formulas
     | (?<![^\W_])_ | _(?![^\W_])  # emphasis, but not the _ of model_final
-    | ^[-+=\#](?=[-=\#\s]|$)   # headings, lists, rules
+    | ^\# | ^[-+=](?=[-=\s]|$)  # headings, lists, rules
     | ^\d+[.)](?=\s|$)
     | :(?=//) | (?<=www)\.     # addresses, which become links without any mark
     | ^:                       # definitions

@@ -1,6 +1,9 @@
+import html
+import io
 import re
 
 from fgd.study.page import html_page, markdown
+from fgd.study.pictures import ap_figure
 from fgd.study.report import (
     Section,
     change_table,
@@ -12,6 +15,7 @@ from fgd.study.report import (
     sections,
     summary_table,
 )
+from fgd_inputs.names import one_line
 
 SPREAD = {"each": [10.0, 12.0], "mean": 11.0, "sd": 1.25}
 NOTHING = {"each": [None, None], "mean": None, "sd": None}
@@ -135,7 +139,23 @@ def test_markdown_links_pictures_and_keeps_cells_apart(tmp_path):
         ]
     )
     assert text.startswith("# Title\n\nwords\n\n## Table\n") and "![Picture](p.png)" in text
-    assert "x\\|y" in text
+    assert "| x&#124;y | 1" in text
+
+
+def test_names_of_classes_and_files_are_shown_and_not_obeyed():
+    name = "<script>a</script> $x$\n## [b](http://c) | d"
+    shown = "<script>a</script> $x$ ## [b](http://c) | d"
+    found = [Section(name, [name]), Section("t", table=[["class"], [name]])]
+    page = markdown(found)
+    assert len(page.splitlines()) == 9 and not set(page) & set("<>[]$")
+    assert html.unescape(page).count(shown) == 3
+    assert markdown(found, one_line).count(shown) == 3  # a terminal
+    page = html_page(found)
+    assert "<script" not in page and page.count(html.escape(shown)) == 4
+    figure = ap_figure([row(name, bbox=SPREAD)])
+    (label,) = figure.axes[0].get_yticklabels()
+    assert label.get_text() == shown.replace("$", r"\$")
+    figure.savefig(io.BytesIO(), format="png")
 
 
 def test_html_needs_nothing_else(tmp_path):

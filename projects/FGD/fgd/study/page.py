@@ -1,10 +1,12 @@
 """A report as Markdown, and as one HTML file that refers to nothing outside itself."""
 
 import base64
-from html import escape
-from typing import Sequence
+from typing import Callable, Sequence
 
 from tabulate import tabulate
+
+from fgd_inputs.names import html_text as escape
+from fgd_inputs.names import markdown_text
 
 from .report import Section
 
@@ -18,16 +20,21 @@ img { max-width: 100% }
 """
 
 
-def markdown(sections: Sequence[Section]) -> str:
-    """Pictures are linked: they lie beside the file."""
+def markdown(sections: Sequence[Section], shown: Callable[[str], str] = markdown_text) -> str:
+    """Pictures are linked: they lie beside the file.
+
+    Args:
+        shown: how texts are written; `one_line` for a terminal.
+    """
     parts = []
     for level, section in enumerate(sections):
-        parts += [f"{'##' if level else '#'} {section.title}", *section.text]
+        title = shown(section.title)
+        parts += [f"{'##' if level else '#'} {title}", *map(shown, section.text)]
         if section.table:
-            headers, *rows = [[c.replace("|", "\\|") for c in line] for line in section.table]
+            headers, *rows = [[*map(shown, line)] for line in section.table]
             parts.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
         if section.picture:
-            parts.append(f"![{section.title}]({section.picture.name})")
+            parts.append(f"![{title}]({section.picture.name})")
     return "\n\n".join(parts) + "\n"
 
 

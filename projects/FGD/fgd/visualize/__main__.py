@@ -19,6 +19,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from fgd_inputs.coco import read_coco
+from fgd_inputs.names import one_line
 
 from ..data.json_sets import records
 from ..distillation.distiller import Distiller
@@ -62,9 +63,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not recorded.pictures:
                 raise UserError(f"{cfg.MODEL.DISTILLER.METHOD} uses no maps that could be drawn")
             for written in save(folder / name, inputs, recorded, cfg.INPUT.FORMAT, title):
-                print(f"{written} ({len(inputs['instances'])} boxes, {title})", flush=True)
+                print(
+                    f"{one_line(str(written))} ({len(inputs['instances'])} boxes, {title})",
+                    flush=True,
+                )
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

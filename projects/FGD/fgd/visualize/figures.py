@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fgd_inputs.names import figure_text
+
 from ..methods.method import Picture
 from .maps import Pictures
 
@@ -43,9 +45,9 @@ def picture_figure(
                 scale = _scale(own[caption], own.values())
                 extent = (0, width, height, 0)
                 axis.imshow(own[caption].values, extent=extent, alpha=0.7, **scale)
-        row[0].set_ylabel(level)
+        row[0].set_ylabel(figure_text(level))
     for axis, text in zip(axes[0], (title, *captions)):
-        axis.set_title(text, fontsize=9)
+        axis.set_title(figure_text(text), fontsize=9)
     return figure
 
 
@@ -74,13 +76,16 @@ def _draw_image(axis: Axes, image: np.ndarray, boxes: Tensor, padded_size: Seque
 
 
 def read_metrics(path: Path) -> List[dict]:
-    """The lines of a metrics.json; a last line that was cut off by a stop is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
+    """The lines of a metrics.json; from one on that was cut off by a stop they are left out."""
+    lines: List[dict] = []
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
     return lines
 
 
@@ -104,8 +109,8 @@ def loss_figure(runs: Mapping[str, Path], prefixes: Sequence[str] = ("loss_",)) 
     colours = {label: f"C{i}" for i, label in enumerate(runs)}
     for axis, (name, by_run) in zip(axes, sorted(curves.items())):
         for label, points in by_run.items():
-            axis.plot(*zip(*points), label=label, color=colours[label], linewidth=1)
-        axis.set_title(name, fontsize=9)
+            axis.plot(*zip(*points), label=figure_text(label), color=colours[label], linewidth=1)
+        axis.set_title(figure_text(name), fontsize=9)
         axis.set_yscale("log")
         axis.legend(fontsize=7)
     for axis in axes[len(curves) :]:
