@@ -14,6 +14,7 @@ STDLIB_ONLY = TRAINING | {"numpy", "PIL", "onnx", "onnxruntime", "pycocotools"}
 FORBIDDEN = {
     "fgd_inputs.coco": TRAINING | {"onnx", "onnxruntime", "deploy"},
     "fgd_inputs.image_files": TRAINING | {"onnx", "onnxruntime", "deploy"},
+    "fgd_inputs.image_contents": STDLIB_ONLY | {"deploy"},
     "fgd_inputs.names": STDLIB_ONLY | {"deploy"},
     "fgd_inputs.folder_lock": STDLIB_ONLY | {"deploy"},
     "deploy.errors": STDLIB_ONLY,

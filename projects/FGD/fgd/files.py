@@ -84,6 +84,12 @@ def check_seal(path: str) -> bool:
     return True
 
 
+def file_sha256(path: str) -> str:
+    """In hexadecimal."""
+    with open(path, "rb") as file:
+        return _sha256(file)
+
+
 def _sha256(file: IO[bytes], length: int = -1) -> str:
     """Of the next ``length`` bytes, or of all that follow."""
     digest = hashlib.sha256()
@@ -93,12 +99,12 @@ def _sha256(file: IO[bytes], length: int = -1) -> str:
     return digest.hexdigest()
 
 
-def check_output_dir(path: str) -> None:
-    """Create OUTPUT_DIR and write to it once; UserError if that fails."""
+def check_output_dir(path: str, key: str = "OUTPUT_DIR") -> None:
+    """Create a folder and write to it once; UserError if that fails. ``key``: what names it."""
     if not path or "://" in path:
-        raise UserError(f"OUTPUT_DIR: {path!r} is not a local folder")
+        raise UserError(f"{key}: {path!r} is not a local folder")
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {path}: cannot write there ({error.strerror})") from None
+        raise UserError(f"{key} {path}: cannot write there ({error.strerror})") from None

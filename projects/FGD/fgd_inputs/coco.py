@@ -61,8 +61,7 @@ class CocoFile:
 
     def counted(self) -> str:
         """For example "12 images, 91 boxes, 46 of them crowd regions"."""
-        text = f"{len(self.images)} images, {len(self.annotations)} boxes"
-        return f"{text}, {self.crowds} of them crowd regions" if self.crowds else text
+        return f"{len(self.images)} images, {count_boxes(len(self.annotations), self.crowds)}"
 
     def dropped_text(self) -> str:
         """For example "3 boxes dropped (2 zero area, 1 outside)"; "" when none is."""
@@ -92,6 +91,11 @@ class CocoFile:
                 f"{_WHAT} {self.path}: all {self.crowds} boxes are crowd regions (iscrowd 1), "
                 "which are neither trained on nor counted; set iscrowd 0 for single objects"
             )
+
+
+def count_boxes(boxes: int, crowds: int) -> str:
+    """For example "91 boxes, 46 of them crowd regions"."""
+    return f"{boxes} boxes, {crowds} of them crowd regions" if crowds else f"{boxes} boxes"
 
 
 def read_coco(

@@ -53,6 +53,29 @@ def test_a_healthy_run_has_no_fault(teacher, tmp_path, capfd):
         assert f"\n{name}" in log
 
 
+def test_suspicions_about_boxes_and_shared_images_are_findings(teacher, tmp_path, capfd):
+    cfg = distilled_cfg(tmp_path, teacher[1])
+    path = Path(cfg.DATASETS.JSON.TRAIN)
+    coco = json.loads(path.read_text())
+    for entry in coco["annotations"]:
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [x, y, x + width, y + height]
+    coco["annotations"][0]["iscrowd"] = 1
+    path.write_text(json.dumps(coco))
+    config = write_config(cfg, tmp_path / "config.yaml")
+    test = ["DATASETS.JSON.TEST", str(path)]
+    cli.main(["--config-file", str(config), "--doctor", *test])
+    capfd.readouterr()
+    findings = json.loads((Path(cfg.OUTPUT_DIR) / "doctor.json").read_text())["findings"]
+    data = next(finding for finding in findings if finding["name"] == "data")
+    assert data["verdict"] == "warning"
+    assert data["found"].startswith("8 training images, 16 boxes, 1 of them crowd regions; ")
+    assert "boxes reach beyond their image as x, y, width, height, and 16 lie" in data["found"]
+    assert "; all 8 test images are in the training set too (the first: " in data["found"]
+    log = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
+    assert "8 images, 16 boxes, 1 of them crowd regions from " in log
+
+
 def random_teacher(cfg, teacher, monkeypatch):
     data, path = teacher
     torch.manual_seed(3)

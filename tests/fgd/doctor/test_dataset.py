@@ -1,28 +1,53 @@
-import json
-
 import pytest
 
-from fgd.doctor.dataset import check_classes, check_data, check_teacher_classes, dropped_boxes
+from fgd.doctor.dataset import check_classes, check_data, check_teacher_classes
+from fgd_inputs.coco import CocoFile
 
 
-def test_dropped_boxes_are_counted_by_reason_for_the_datasets_of_the_run(tmp_path):
-    assert dropped_boxes(str(tmp_path), ["a"]) == {}
-    entry = {"annotation": 1, "image": 1, "reason": "zero area"}
-    report = {
-        "a": {"dropped": [entry, entry, {**entry, "reason": "outside"}]},
-        "b": {"dropped": []},
+def coco_file(dropped=(), warnings=()):
+    entries = [{"annotation": i, "image": 1, "reason": x} for i, x in enumerate(dropped)]
+    return CocoFile("x.json", [], [], dropped=entries, warnings=list(warnings))
+
+
+def records(*labels, crowds=()):
+    """An image with an object of each label, and one with a crowd region of each."""
+    entries = [
+        [{"category_id": x, "iscrowd": flag} for x in own]
+        for flag, own in enumerate((labels, crowds))
+    ]
+    return [{"annotations": own} for own in entries]
+
+
+def test_boxes_are_counted_crowds_beside_them():
+    clean = check_data(records(0, 1, 1), ["cat", "dog"], {"a": coco_file()})
+    assert (clean.verdict, clean.found) == ("ok", "2 training images, 3 boxes")
+    crowds = check_data(records(0, 1, crowds=[1, 1]), ["cat", "dog"], {})
+    assert crowds.found == "2 training images, 4 boxes, 2 of them crowd regions"
+    only = check_data(records(0, crowds=[1]), ["cat", "dog"], {})
+    assert only.verdict == "warning"
+    assert only.found.endswith("; no box but crowd regions of 1 classes (dog)")
+
+
+def test_what_the_reader_drops_and_suspects_is_a_warning():
+    files = {
+        "train": coco_file(["inverted", "outside", "inverted"]),
+        "test": coco_file(warnings=["5 of 9 boxes look like corners"]),
     }
-    (tmp_path / "data_report.json").write_text(json.dumps(report))
-    assert dropped_boxes(str(tmp_path), ["a", "c"]) == {"a": {"zero area": 2, "outside": 1}}
-
-
-def test_dropped_boxes_and_classes_without_boxes_are_warnings():
-    clean = check_data(5, [3, 4], {}, ["cat", "dog"])
-    assert (clean.verdict, clean.found) == ("ok", "5 training images, 7 boxes")
-    finding = check_data(5, [3, 0], {"train": {"inverted": 2, "outside": 1}}, ["cat", "dog"])
+    finding = check_data(records(0), ["cat", "dog\n<b>"], files, "all 3 test images are in both")
     assert finding.verdict == "warning"
-    for text in ("3 boxes of train dropped (2 inverted, 1 outside)", "no box of 1 classes (dog)"):
-        assert text in finding.found
+    assert finding.found.split("; ") == [
+        "2 training images, 1 boxes",
+        "train: 3 boxes dropped (2 inverted, 1 outside)",
+        "test: 5 of 9 boxes look like corners",
+        "no box of 1 classes (dog <b>)",
+        "all 3 test images are in both",
+    ]
+    assert finding.advice.split("; ") == [
+        "write boxes as x, y, width, height in pixels",
+        "dropped boxes are listed in data_report.json",
+        "check the category ids of the JSON",
+        "test on images that are not trained on",
+    ]
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])

@@ -7,6 +7,8 @@ from typing import Any, Dict, Iterable, List
 from PIL import Image
 from torch import Tensor
 
+from fgd_inputs.json_file import read_json
+
 from ..data.second_images import RECORD
 from ..errors import UserError
 from ..files import atomic_write, remove_stale_temporaries
@@ -70,12 +72,11 @@ class Folder:
 
 def _read(path: str) -> Dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = read_json(path, "record")
         teacher, settings = content["teacher"], content["settings"]
         names = {"weights": str(teacher["weights"]), "sha256": str(teacher["sha256"])}
         return {"teacher": names, "settings": dict(settings), "datasets": content["datasets"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error!r}") from None
 
 

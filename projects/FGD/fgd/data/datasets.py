@@ -2,24 +2,33 @@
 
 import dataclasses
 import difflib
-import json
 import logging
 import os
 import re
 from pathlib import Path
+from typing import List
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.utils.file_io import PathManager
 
+from fgd_inputs.json_file import read_json
+
 from ..errors import UserError
 from ..processes.together import on_main_process
+from .contents import ImageSet, registered_set
 from .drawing import ShapesSettings
-from .json_sets import register_json
+from .json_sets import json_images, register_json
 from .shapes import generate
 
-__all__ = ["add_data_config", "coco_ground_truth", "register_from_config", "test_dataset"]
+__all__ = [
+    "add_data_config",
+    "coco_ground_truth",
+    "image_sets",
+    "register_from_config",
+    "test_dataset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +106,20 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
     return cfg
 
 
+def image_sets(cfg: CfgNode, split: str) -> List[ImageSet]:
+    """The sets of DATASETS.TRAIN or TEST; annotations of the user's JSON are not read for it.
+
+    Raises:
+        UserError: as `register_from_config`.
+    """
+    node = cfg.DATASETS.JSON
+    if node[split]:
+        limit = node.TRAIN_LIMIT if split == "TRAIN" else 0
+        return [json_images(node[split], node[f"{split}_IMAGES"], limit)]
+    names = register_from_config(cfg, (split,)).DATASETS[split]
+    return [registered_set(name) for name in names]
+
+
 def _resolve(name: str, cfg: CfgNode) -> str:
     """A name of DATASETS.TRAIN / TEST -> a registered name whose files are there."""
     match = _SHAPES_NAME.fullmatch(name)
@@ -166,6 +189,5 @@ def coco_ground_truth(name: str) -> dict:
     if metadata.get("coco_file") is not None:
         return metadata.coco_file.truth()
     if metadata.get("json_file"):
-        with PathManager.open(metadata.json_file) as file:
-            return json.load(file)
+        return read_json(PathManager.get_local_path(metadata.json_file), "dataset JSON")
     return {"annotations": [], **convert_to_coco_dict(name)}

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,10 +16,13 @@ from pycocotools import mask as mask_utils
 from fgd_inputs.coco import CocoFile, read_coco, read_test_set
 from fgd_inputs.coco_masks import MASK_FORMATS
 from fgd_inputs.file_names import image_folder
+from fgd_inputs.json_file import read_json
 
 from ..errors import UserError
+from ..files import atomic_write, file_sha256
+from .contents import ImageSet, chosen_images
 
-__all__ = ["records", "register_json"]
+__all__ = ["json_images", "records", "register_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ def register_json(
     if limit < 0:
         raise UserError(f"DATASETS.JSON.TRAIN_LIMIT is {limit}; expected a number of images or 0")
     wanted = _wanted(cfg, split)
-    name = f"{prefix or Path(json_file).stem}_{_digest(json_file, folder, limit, wanted)}"
+    digest, annotations = _digests(json_file, folder, limit, wanted)
+    name = f"{prefix or Path(json_file).stem}_{digest}"
     if name in DatasetCatalog.list():
         return name
     hint = f"set DATASETS.JSON.{split}_IMAGES to the folder that file names are relative to"
@@ -59,9 +63,17 @@ def register_json(
         image_root=folder,
         evaluator_type="coco",
         coco_file=found,
+        image_set=ImageSet(annotations, [x["file"] for x in chosen_images(found, limit)]),
     )
     _report(name, json_file, found, cfg)
     return name
+
+
+def json_images(json_file: str, images: str, limit: int = 0) -> ImageSet:
+    """The images of a JSON whose annotations are not read; arguments as `register_json`'s keys."""
+    json_file = os.path.abspath(os.path.expanduser(json_file))
+    found = read_coco(json_file, image_folder(json_file, images), annotated=False)
+    return ImageSet(file_sha256(json_file), [x["file"] for x in chosen_images(found, limit)])
 
 
 def _wanted(cfg: Optional[CfgNode], split: str) -> dict:
@@ -88,9 +100,6 @@ def records(found: CocoFile, limit: int = 0) -> List[dict]:
     by_image: Dict[Any, List[dict]] = {image["id"]: [] for image in found.images}
     for entry in found.annotations:
         by_image[entry["image_id"]].append(_annotation(entry, labels))
-    images = found.images
-    if 0 < limit < len(images):
-        images = [images[i * len(images) // limit] for i in range(limit)]
     return [
         {
             "file_name": image["file"],
@@ -99,7 +108,7 @@ def records(found: CocoFile, limit: int = 0) -> List[dict]:
             "image_id": image["id"],
             "annotations": by_image[image["id"]],
         }
-        for image in images
+        for image in chosen_images(found, limit)
     ]
 
 
@@ -122,18 +131,19 @@ def _annotation(entry: dict, labels: Dict[Any, int]) -> dict:
     return read
 
 
-def _digest(json_file: str, folder: str, limit: int, wanted: dict) -> str:
-    """Eight hex digits of the file's content, where it is, and how it is read."""
+def _digests(json_file: str, folder: str, limit: int, wanted: dict) -> Tuple[str, str]:
+    """Eight hex digits of the file's content, where it is, and how it is read; its SHA-256."""
     how = f"{json_file}\n{folder}\n{limit}\n{wanted['masks']}"
     how += "\nkeypoints" if wanted["keypoints"] else ""
-    digest = hashlib.sha256(how.encode())
+    digest, content = hashlib.sha256(how.encode()), hashlib.sha256()
     try:
         with open(json_file, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+                content.update(block)
     except OSError as error:
         raise UserError(f"dataset JSON {json_file} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:8], content.hexdigest()
 
 
 def _report(name: str, json_file: str, found: CocoFile, cfg: Optional[CfgNode]) -> None:
@@ -147,8 +157,17 @@ def _report(name: str, json_file: str, found: CocoFile, cfg: Optional[CfgNode]) 
         return
     logger.warning(f"{name}: {found.dropped_text()} of {json_file}")
     if cfg is not None and comm.is_main_process():
-        path = Path(cfg.OUTPUT_DIR, "data_report.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = json.loads(path.read_text()) if path.exists() else {}
-        report[name] = {"json": json_file, "dropped": found.dropped}
-        path.write_text(json.dumps(report, indent=1))
+        path = os.path.join(cfg.OUTPUT_DIR, "data_report.json")
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        report = {**_earlier_report(path), name: {"json": json_file, "dropped": found.dropped}}
+        text = json.dumps(report, indent=1)
+        atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def _earlier_report(path: str) -> dict:
+    """Of the other set, or of an earlier start; one that cannot be read counts for nothing."""
+    try:
+        report = read_json(path, "report")
+    except UserError:
+        return {}
+    return report if isinstance(report, dict) else {}

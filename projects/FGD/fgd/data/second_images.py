@@ -1,11 +1,13 @@
 """Second images: for each training image another one of the same size, under the same name."""
 
-import json
 import os
 from typing import Dict, Iterable, List, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+
+from fgd_inputs.json_file import read_json
+from fgd_inputs.names import one_line
 
 from ..errors import UserError
 
@@ -88,12 +90,15 @@ def check_teacher_of(folder: str, sha256: str) -> None:
     path = os.path.join(os.path.expanduser(folder), RECORD)
     if not os.path.isfile(path):
         return
-    with open(path, encoding="utf-8") as file:
-        made_for = json.load(file)["teacher"]
-    if made_for["sha256"] != sha256:
+    try:
+        made_for = read_json(path, "record")["teacher"]
+        weights, made = str(made_for["weights"]), str(made_for["sha256"])
+    except (KeyError, TypeError):
+        raise UserError(f"{KEY}: {path} names no teacher; delete it or make it again") from None
+    if made != sha256:
         raise UserError(
-            f"{KEY}: {folder} was made for another teacher, {made_for['weights']} (SHA-256 "
-            f"{made_for['sha256'][:8]}..., now {sha256[:8]}...). Make one for this teacher with "
+            f"{KEY}: {folder} was made for another teacher, {one_line(weights)} (SHA-256 "
+            f"{made[:8]}..., now {sha256[:8]}...). Make one for this teacher with "
             f"python -m fgd.adversarial, or delete {RECORD} there to use it all the same"
         )
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fgd_inputs.json_file import read_json
+
 from ..errors import UserError
 from .drawing import CLASSES, VERSION, ShapesSettings, draw_image
 
@@ -72,9 +74,9 @@ def _is_complete(folder: Path, settings: ShapesSettings) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        info = json.loads((folder / JSON_NAME).read_text())["info"]
+        info = dict(read_json(str(folder / JSON_NAME), "dataset JSON")["info"])
         count = sum(1 for _ in (folder / IMAGE_FOLDER).glob("*.png"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} exists and is not a set of drawn shapes ({error})") from error
     if info != _info(settings) or count != settings.images:
         raise UserError(

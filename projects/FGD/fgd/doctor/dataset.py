@@ -1,48 +1,50 @@
-"""Checks of the data: boxes that were dropped, and class names of dataset, student and teacher."""
+"""Checks of the data: boxes, images, and class names of dataset, student and teacher."""
 
-import json
-import os
-from collections import Counter
 from typing import Dict, List, Optional, Sequence
+
+from fgd_inputs.coco import CocoFile, count_boxes
+from fgd_inputs.names import one_line
 
 from .findings import FAULT, OK, WARNING, Finding
 
 
-def dropped_boxes(folder: str, datasets: Sequence[str]) -> Dict[str, Dict[str, int]]:
-    """Dataset → {reason: number of boxes} from ``folder``/data_report.json; {} without one."""
-    path = os.path.join(folder, "data_report.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        report = json.load(file)
-    return {
-        name: dict(Counter(entry["reason"] for entry in report[name]["dropped"]))
-        for name in datasets
-        if name in report
-    }
-
-
 def check_data(
-    images: int, boxes: Sequence[int], dropped: Dict[str, Dict[str, int]], classes: Sequence[str]
+    records: Sequence[dict],
+    classes: Sequence[str],
+    files: Dict[str, CocoFile],
+    shared: str = "",
 ) -> Finding:
-    """Boxes that can be trained on, and those that were left out, with the reasons.
+    """Boxes that are trained on, those that were left out, and what the reader suspects.
 
     Args:
-        images: number of training images. boxes: of each class. dropped: see `dropped_boxes`.
+        records: the training set. classes: names in label order.
+        files: name of a set, of training or test → what was read for it.
+        shared: of `fgd.data.contents.shared_images`.
     """
-    found = f"{images} training images, {sum(boxes)} boxes"
-    problems, advice = [], []
-    for name, reasons in dropped.items():
-        text = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        problems.append(f"{sum(reasons.values())} boxes of {name} dropped ({text})")
-    if dropped:
-        advice.append("they are listed in data_report.json")
+    boxes, crowds = [0] * len(classes), 0
+    for annotation in (x for record in records for x in record.get("annotations", ())):
+        crowds += annotation.get("iscrowd", 0)
+        boxes[annotation["category_id"]] += not annotation.get("iscrowd", 0)
+    counted = count_boxes(sum(boxes) + crowds, crowds)
+    found = [f"{len(records)} training images, {counted}"]
+    advice = []
+    for name, file in files.items():
+        found += [f"{name}: {warning}" for warning in file.warnings]
+        found += [f"{name}: {file.dropped_text()}"] if file.dropped else []
+    if any(file.warnings for file in files.values()):
+        advice.append("write boxes as x, y, width, height in pixels")
+    if any(file.dropped for file in files.values()):
+        advice.append("dropped boxes are listed in data_report.json")
     without = [name for name, count in zip(classes, boxes) if not count]
     if without:
-        problems.append(f"no box of {len(without)} classes ({_shorten(without)})")
+        kind = "no box but crowd regions" if crowds else "no box"
+        found.append(f"{kind} of {len(without)} classes ({_shorten(without)})")
         advice.append("check the category ids of the JSON")
-    verdict = WARNING if problems else OK
-    return Finding("data", verdict, "; ".join([found, *problems]), "; ".join(advice))
+    if shared:
+        found.append(shared)
+        advice.append("test on images that are not trained on")
+    verdict = WARNING if len(found) > 1 else OK
+    return Finding("data", verdict, "; ".join(found), "; ".join(advice))
 
 
 def check_classes(dataset: List[str], student_outputs: int, key: str) -> Finding:
@@ -109,4 +111,4 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _shorten(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(map(one_line, names[:most])) + (", ..." if len(names) > most else "")

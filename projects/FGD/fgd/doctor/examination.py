@@ -11,12 +11,14 @@ from typing import Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from ..config import META_ARCHITECTURE, student_config
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
+from ..data.contents import shared_images
 from ..distillation.config import needs_teacher
 from ..distillation.levels import Outputs, plan_levels
 from ..engine.checkpoint import student_of
@@ -98,7 +100,7 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
     if key is None:
         raise UserError(f"doctor: unknown student architecture {node.MODEL.META_ARCHITECTURE!r}")
     findings = [
-        _data(cfg, records, names),
+        _data(cfg, records, names, "" if student else shared_images(cfg)),  # a training says it
         dataset.check_classes(names, config_value(cfg, key), key),
     ]
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
@@ -117,14 +119,11 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
     return findings, loaded
 
 
-def _data(cfg: CfgNode, records: List[dict], names: List[str]) -> Finding:
-    boxes = [0] * len(names)
-    for record in records:
-        for annotation in record.get("annotations", ()):
-            boxes[annotation["category_id"]] += 1
-    datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    dropped = dataset.dropped_boxes(cfg.OUTPUT_DIR, datasets)
-    return dataset.check_data(len(records), boxes, dropped, names)
+def _data(cfg: CfgNode, records: List[dict], names: List[str], shared: str) -> Finding:
+    sets = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    files = {name: MetadataCatalog.get(name).get("coco_file") for name in sets}
+    files = {name: file for name, file in files.items() if file is not None}
+    return dataset.check_data(records, names, files, shared)
 
 
 def _teacher_classes(names: List[str], loaded: teacher.LoadedTeacher) -> Finding:
