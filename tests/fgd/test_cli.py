@@ -12,7 +12,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 from fgd import cli, files, job
-from fgd.config import load_config
+from fgd.config import get_fgd_cfg, load_config
 from fgd.errors import UserError
 from tests.fgd.engine.killing import metrics
 
@@ -179,9 +179,37 @@ def test_parser_has_detectron2s_options_and_real_examples():
 
 def test_results_are_valid_json_whatever_the_metrics(tmp_path):
     results = {"bbox": {"AP": float("nan"), "AP50": 12.5}}
-    job.write_results(str(tmp_path), results, None)
+    cfg = get_fgd_cfg()
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path), ()
+    job.write_results(cfg, results, None)
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content == {"iteration": None, "bbox": {"AP": None, "AP50": 12.5}}
+    assert content == {"iteration": None, "evaluated": {}, "bbox": {"AP": None, "AP50": 12.5}}
+
+
+def test_an_undefined_ap_is_said(tmp_path, caplog):
+    cfg = get_fgd_cfg()
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path), ()
+    job.write_results(cfg, {"a": {"bbox": {"AP": float("nan")}}, "b": {"bbox": {"AP": 0.0}}}, 1)
+    (record,) = caplog.records
+    told = "a bbox has no AP, which is null in results.json: nothing was detected"
+    assert record.getMessage() == told and record.levelname == "WARNING"
+
+
+def test_results_of_another_checkpoint_are_made_again(tmp_path, caplog):
+    cfg = get_fgd_cfg()
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path), ()
+    assert not job.has_results(cfg)
+    weights = tmp_path / "model_final.pth"
+    weights.write_bytes(b"one")
+    job.write_results(cfg, {"bbox": {"AP": 12.5}}, 3, str(weights))
+    assert job.has_results(cfg)
+    weights.write_bytes(b"another")
+    assert not job.has_results(cfg)
+    path = tmp_path / "results.json"
+    told = f"{path} is of another checkpoint than {weights}; it is evaluated again"
+    assert caplog.messages == [told]
+    path.write_text('{"iteration": 3, "bbox": {"AP": 12.5}}')  # of an earlier version
+    assert job.has_results(cfg)
 
 
 def test_output_dir_is_made_and_proved_writable(tmp_path):

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from typing import Callable, Optional
+from typing import Callable, Dict, Optional
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -15,9 +15,11 @@ from detectron2.utils.logger import setup_logger
 
 from .config import check_config, check_device, checkpoint_config, load_config
 from .data.checks import check_class_count
+from .data.contents import describe_sets, registered_set, shared_images
 from .data.datasets import register_from_config
 from .doctor import command as doctor
 from .engine.evaluation import check_same_ap
+from .engine.results import EVALUATED, FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
 from .engine.run_folder import check_unused, config_kept, newest_checkpoint
 from .engine.trainer import FGDTrainer
 from .errors import UserError
@@ -25,9 +27,8 @@ from .files import atomic_write, check_output_dir
 from .processes.lock import folder_lock
 from .processes.together import on_main_process
 from .visualize.hook import picture_hooks
-from .weights import load_complete
+from .weights import load_complete, weights_sha256
 
-RESULTS = "results.json"
 START = "start.json"  # of --starts-as
 
 logger = logging.getLogger(__name__)
@@ -119,19 +120,43 @@ def train(
     if trainer.is_complete:
         done, wanted = trainer.start_iter, trainer.max_iter
         logger.info(f"Training already complete (iteration {done} of {wanted})")
-        final = os.path.basename(trainer.resumed_from) == "model_final.pth"
-        if final and os.path.exists(os.path.join(cfg.OUTPUT_DIR, RESULTS)):
+        final = os.path.basename(trainer.resumed_from) == FINAL
+        if final and on_main_process(lambda: has_results(cfg)):
             return 0
         if not final:  # killed just before it, or MAX_ITER was lowered
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
     else:
+        say_if_shared(cfg)
         if starts_as and trainer.start_iter == 0:
             check_start(trainer, starts_as)
         doctor.before_step_one(trainer)
     trainer.train()
-    results = trainer.last_results
-    write_results(cfg.OUTPUT_DIR, results, max(trainer.start_iter, trainer.max_iter))
+    done = max(trainer.start_iter, trainer.max_iter)
+    write_results(cfg, trainer.last_results, done, os.path.join(cfg.OUTPUT_DIR, FINAL))
     return 0
+
+
+def say_if_shared(cfg: CfgNode) -> None:
+    """Warn, in the main process, of test images that are trained on."""
+    text = shared_images(cfg) if comm.is_main_process() else ""
+    if text:
+        logger.warning(text)
+
+
+def has_results(cfg: CfgNode) -> bool:
+    """Whether OUTPUT_DIR has the results of its model_final.pth on this test data.
+
+    Those of earlier versions, which do not say what they are of, are taken for it.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
+    if not os.path.exists(path):
+        return False
+    fault = evaluated_otherwise(
+        read_results(path), os.path.join(cfg.OUTPUT_DIR, FINAL), tested(cfg)
+    )
+    if fault:
+        logger.warning(f"{path} {fault}; it is evaluated again")
+    return not fault
 
 
 def check_start(trainer: FGDTrainer, path: str) -> None:
@@ -143,7 +168,7 @@ def check_start(trainer: FGDTrainer, path: str) -> None:
         UserError: in every process: it cannot be read, or its AP is not that of this start.
     """
     found = trainer.test(trainer.cfg, trainer.model)
-    write_results(trainer.cfg.OUTPUT_DIR, found, 0, START)
+    write_results(trainer.cfg, found, 0, name=START)
     on_main_process(lambda: check_same_ap(_without_nan(found), path))
     logger.info(f"The run starts with the AP of {path}")
 
@@ -167,22 +192,38 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     logger.info(f"Evaluating {path}: {report.summary()}")
     results = FGDTrainer.test(cfg, model)
     iterations = None if report.iteration is None else report.iteration + 1
-    write_results(cfg.OUTPUT_DIR, results, iterations)
+    write_results(cfg, results, iterations, path)
     return 0
 
 
 def write_results(
-    folder: str, results: dict, iterations: Optional[int], name: str = RESULTS
+    cfg: CfgNode, results: dict, iterations: Optional[int], weights: str = "", name: str = RESULTS
 ) -> None:
-    """Write results.json: {"iteration": finished iterations or null, "bbox": {"AP": ...}, ...}.
+    """Write results.json in OUTPUT_DIR.
 
-    Metrics are in percent; null where a metric is undefined (no ground truth of that size). With
-    several test sets there is one such entry per set name. Only the main process writes.
+    {"iteration": finished iterations or null, "evaluated": {"weights": SHA-256 of the file,
+    "annotations" and "images": digests of the test data}, "bbox": {"AP": ...}, ...}. Metrics are in
+    percent; null where a metric is undefined (no ground truth of that size). With several test sets
+    there is one such entry per set name. Only the main process writes.
+
+    Args:
+        cfg: with registered datasets. weights: the file that was evaluated, "" = none.
     """
     if not comm.is_main_process():
         return
-    content = json.dumps({"iteration": iterations, **_without_nan(results)}, indent=1)
-    atomic_write(os.path.join(folder, name), lambda file: file.write(content.encode()))
+    evaluated = {"weights": weights_sha256(weights)} if weights else {}
+    content = {"iteration": iterations, EVALUATED: {**evaluated, **tested(cfg)}}
+    content.update(_without_nan(results))
+    for kind in without_ap(content):
+        logger.warning(f"{kind} has no AP, which is null in {name}: nothing was detected")
+    text = json.dumps(content, indent=1)
+    atomic_write(os.path.join(cfg.OUTPUT_DIR, name), lambda file: file.write(text.encode()))
+
+
+def tested(cfg: CfgNode) -> Dict[str, str]:
+    """Digests of DATASETS.TEST, whose sets are registered; {} without any."""
+    names = cfg.DATASETS.TEST
+    return describe_sets([registered_set(name) for name in names]) if names else {}
 
 
 def _without_nan(value):

@@ -3,8 +3,21 @@ import logging
 import pytest
 
 from fgd.config import get_fgd_cfg
-from fgd.engine.config_change import check_changes, training_changes
+from fgd.engine.config_change import (
+    CONTENT,
+    NOTHING,
+    RESULTS,
+    START,
+    bears_on,
+    check_changes,
+    result_changes,
+    training_changes,
+)
+from fgd.engine.config_change import (
+    HARMLESS as LISTED,
+)
 from fgd.errors import UserError
+from fgd.yaml_config import leaves, parse_yaml
 
 
 def run(opts=(), **entries):
@@ -101,3 +114,71 @@ def test_a_key_that_is_new_acted_as_its_default():
     assert training_changes(before, run()) == ([], [])
     changed = training_changes(before, run(("SOLVER.OPTIMIZER", "AdamW")))
     assert changed == (["SOLVER.OPTIMIZER: SGD -> AdamW"], [])
+
+
+DATA = {"annotations": "a", "images": "b"}
+
+
+def test_images_that_were_replaced_are_said(caplog):
+    before, now = run(data=DATA), run(data={**DATA, "images": "c"})
+    assert check_changes(before, now, allow=False) is False
+    assert "the training images are not those that the run began with" in caplog.text
+    caplog.clear()
+    for known in (
+        run(data=DATA),
+        run(data=None),
+        run(),
+        run(data="x"),
+        run(data={"x": 1}),
+    ):  # those of earlier versions say nothing
+        assert check_changes(known, run(data=DATA), allow=False) is False
+    assert not caplog.records
+
+
+def test_training_data_may_be_moved(caplog):
+    caplog.set_level(logging.INFO, "fgd")
+    moved = run(("DATASETS.TRAIN", ("elsewhere",)), data=DATA)
+    assert check_changes(run(data=DATA), moved, allow=False) is False
+    assert "another config: DATASETS.TRAIN: " in caplog.text
+    for other in ({**DATA, "annotations": "z"}, {**DATA, "annotations": ""}, None):
+        before = run(data=other and {**other})
+        with pytest.raises(UserError, match="DATASETS.TRAIN: "):
+            check_changes(before, {**moved, "data": other and DATA}, allow=False)
+
+
+def test_the_list_names_keys_that_there_are():
+    keys = dict(leaves(parse_yaml(get_fgd_cfg().dump(), "config")))
+    for name in LISTED:
+        assert any(key == name or name.endswith(".") and key.startswith(name) for key in keys), name
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("OUTPUT_DIR", NOTHING),
+        ("TEST.EVAL_PERIOD", NOTHING),
+        ("TEST.DETECTIONS_PER_IMAGE", RESULTS),
+        ("TEST.AUG.ENABLED", RESULTS),
+        ("TEST.PRECISE_BN.ENABLED", ""),
+        ("INPUT.MIN_SIZE_TEST", RESULTS),
+        ("DATASETS.PROPOSAL_FILES_TEST", RESULTS),
+        ("DATASETS.JSON.TEST_IMAGES", CONTENT),
+        ("MODEL.WEIGHTS", START),
+        ("SOLVER.BASE_LR", ""),
+        ("OUTPUT_DIRX", ""),
+    ],
+)
+def test_what_a_key_bears_on(key, kind):
+    assert bears_on(key) == kind
+
+
+def test_results_change_with_all_but_the_first_two_kinds():
+    def changed(*opts):
+        return list(result_changes(run()["full_config"], run(opts)["full_config"]))
+
+    assert changed("OUTPUT_DIR", "x", "DATASETS.TRAIN", ("x",), "DATASETS.TEST", ("y",)) == []
+    for key, value in (
+        *(("MODEL.WEIGHTS", "x"), ("TEST.DETECTIONS_PER_IMAGE", 7), ("SOLVER.MAX_ITER", 9)),
+        ("INPUT.MIN_SIZE_TEST", 7),
+    ):
+        assert changed(key, value) == [key]

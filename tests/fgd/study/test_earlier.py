@@ -1,12 +1,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from fgd.config import load_config
+from fgd.data.contents import describe_sets
+from fgd.data.datasets import image_sets
+from fgd.engine.results import file_digest
 from fgd.errors import UserError
 from fgd.study.arms import study_config
-from fgd.study.earlier import check_finished
-from fgd.study.files import was_given_factor, write_measured
+from fgd.study.earlier import check_finished, with_test_data
+from fgd.study.files import disbelieved, is_finished, was_given_factor, write_measured
 from fgd.study.plan import plan
+from tests.fgd.training import write_dataset
 
 from .finished import finish
 
@@ -63,3 +69,89 @@ def test_a_run_that_was_given_its_factor_does_not_pass_for_measured(tmp_path):
     (arm,) = plan(CONFIG, "", ["distil"], [3], tmp_path, TEACHER)[1:]
     write_measured(arm)
     assert not arm.folder.exists()  # it has the config's, whatever that is
+
+
+HARMLESS = {
+    "OUTPUT_DIR": "moved/since",
+    "DOCTOR.IMAGES": 3,
+    "DATALOADER.TIMEOUT": 7.0,
+    "DATALOADER.BAD_IMAGES": "skip",
+    "MODEL.DISTILLER.PICTURE_PERIOD": 9,
+    "SOLVER.IGNORE_SAVE_ERRORS": True,
+    "TEST.EVAL_PERIOD": 100,
+    "DATASETS.SHAPES.ROOT": "elsewhere",
+}
+OTHER = {"TEST.DETECTIONS_PER_IMAGE": 7, "MODEL.WEIGHTS": "x.pth", "INPUT.MIN_SIZE_TEST": 64}
+
+
+@pytest.mark.parametrize("key", [*HARMLESS, *OTHER])
+def test_what_a_resumed_run_may_change_is_no_other_study(tmp_path, key):
+    """Unless it bears on results, which a resumed run makes again and a finished one does not."""
+    (run,) = plan(CONFIG, "", ["student"], [3], tmp_path, {})
+    finish(run)
+    cfg = study_config(CONFIG, run.opts)
+    cfg.SEED = 3
+    cfg.merge_from_list([key, {**HARMLESS, **OTHER}[key]])
+    (run.folder / "config.yaml").write_text(cfg.dump())
+    if key in HARMLESS:
+        check_finished([run])
+        return
+    with pytest.raises(UserError, match=f"student, seed 3: .*{key}: .* use another --output, or"):
+        check_finished([run])
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run of `distil`, its config and its data; `write` says what its checkpoint says of it."""
+    path = write_dataset(tmp_path / "data")
+    (tmp_path / "t.pth").write_bytes(b"teacher")
+    opts = {"DATASETS.JSON.TRAIN": str(path), "DATASETS.JSON.TEST": str(path)}
+    opts |= {"DATASETS.TRAIN": "()", "DATASETS.TEST": "()"}
+    opts["MODEL.DISTILLER.TEACHER.WEIGHTS"] = str(tmp_path / "t.pth")
+    (run,) = plan(CONFIG, "", ["distil"], [3], tmp_path, opts)[1:]
+    finish(run)
+    cfg = load_config(CONFIG, [word for pair in run.opts.items() for word in pair])
+    cfg.SEED = 3
+
+    def write(**header):
+        torch.save({"full_config": cfg.dump(), **header}, run.folder / "model_final.pth")
+        (run.folder / "last_checkpoint").write_text("model_final.pth")
+
+    write()
+    return run, cfg, write
+
+
+def test_results_have_to_be_of_the_test_data_and_the_checkpoint(begun):
+    run, cfg, _ = begun
+    assert not run.tested
+    (run,) = with_test_data([run], cfg)
+    now = describe_sets(image_sets(cfg, "TEST"))
+    assert run.tested == now and is_finished(
+        run
+    )  # an earlier version does not say what they are of
+    evaluated = {"weights": file_digest(str(run.folder / "model_final.pth")), **now}
+    finish(run, evaluated=evaluated)
+    assert is_finished(run)
+    for key, text in (("images", "other test data (images differ)"), ("weights", "another check")):
+        finish(run, evaluated={**evaluated, key: "0" * 64})
+        assert not is_finished(run) and text in disbelieved(run)
+        assert disbelieved(run).startswith(f"distil, seed 3: {run.folder}/results.json is of ")
+
+
+def test_other_training_data_and_another_teacher_are_refused(begun, tmp_path):
+    run, cfg, write = begun
+    data = describe_sets(image_sets(cfg, "TRAIN"))
+    teacher = {"weights": "t.pth", "sha256": file_digest(str(tmp_path / "t.pth"))}
+    write(data=data, teacher=teacher)
+    with_test_data([run], cfg)
+    write(data={**data, "images": "0"}, teacher=teacher)
+    with pytest.raises(UserError, match="distil, seed 3: begun in .* other training data .*images"):
+        with_test_data([run], cfg)
+    write(data=data, teacher={**teacher, "sha256": "0" * 64})
+    with pytest.raises(
+        UserError, match="taught in .* by another teacher .*SHA-256 00000000..., now"
+    ):
+        with_test_data([run], cfg)
+    (tmp_path / "data" / "data.json").unlink()  # a report needs no data
+    write(data=data, teacher=teacher)
+    assert with_test_data([run], cfg)[0].tested == {}

@@ -7,6 +7,8 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
     classes       class names
     teacher       {"weights": as the config names the file, "sha256": of the file}, of weights that
                   timm has fetched "timm:NAME" and the hash of the tensors; None without a teacher
+    data          {"annotations", "images"}: digests of the training set that the run began with,
+                  see `fgd.data.contents.describe_sets`; None where none is registered
     iteration     index of the last finished iteration
     trainer       optimizer, schedule, AMP scaler, data seed, the last values of what is logged, and
                   "loss_normalizers" of each rank
@@ -22,13 +24,14 @@ from typing import Dict, List, NamedTuple, Optional
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
 from .. import compat
 from ..config import META_ARCHITECTURE, student_config
+from ..data.contents import describe_sets, registered_set
 from ..distillation.config import needs_teacher
 from ..distillation.teacher import describe_teacher
 from ..errors import UserError
@@ -61,7 +64,15 @@ def describe_run(cfg: CfgNode) -> dict:
         "full_config": cfg.dump(),
         "classes": classes,
         "teacher": _describe_teacher(cfg),
+        "data": on_main_process(lambda: _describe_data(cfg)),
     }
+
+
+def _describe_data(cfg: CfgNode) -> Optional[Dict[str, str]]:
+    names = list(cfg.DATASETS.TRAIN)
+    if not names or not set(names) <= set(DatasetCatalog.list()):
+        return None
+    return describe_sets([registered_set(name) for name in names])
 
 
 def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
@@ -77,7 +88,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
     Args:
         model: the trained model: plain or Distiller, in DDP or not.
         save_dir: OUTPUT_DIR, a local folder.
-        header: constant entries of each file (`describe_run`).
+        header: entries of each file that stay as they are (`describe_run`).
         trainer: has ``state_dict`` and ``load_state_dict``; without it only weights are saved.
         keep: how many periodic checkpoints to keep; 0 = all.
     """
@@ -206,6 +217,8 @@ class TrainingCheckpointer(DetectionCheckpointer):
                 f"--resume: {path} does not fit this config ({' '.join(str(error).split())}); "
                 "continue with the config.yaml beside it"
             ) from error
+        if not changed and data.get("data"):
+            self.header["data"] = data["data"]  # what it began with, should images be others now
         self._resume_rank(data)
         return Resumed(path, data["iteration"], changed)
 

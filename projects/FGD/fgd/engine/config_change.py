@@ -8,34 +8,41 @@ from ..config import get_fgd_cfg
 from ..errors import UserError
 from ..yaml_config import leaves, parse_yaml
 
-# Where and how often files are written, evaluation, and how fast samples are made: each leaves the
-# trained weights as they are. A prefix that ends in "." stands for all keys under it.
-HARMLESS = (
-    "OUTPUT_DIR",
-    "VERSION",
-    "VIS_PERIOD",
-    "TEST.",
-    "DOCTOR.",
-    "DATASETS.TEST",
-    "DATASETS.JSON.TEST",
-    "DATASETS.JSON.TEST_IMAGES",
-    "DATASETS.PROPOSAL_FILES_TEST",
-    "DATASETS.SHAPES.ROOT",
-    "DATASETS.SHAPES.TEST_IMAGES",
-    "DATALOADER.NUM_WORKERS",
+# What a changed key bears on. None of these alters the weights of a resumed run; a study, which
+# shows the results of runs that have ended, may pass over the first two kinds only.
+NOTHING = "nothing"  # where, how often and how fast
+CONTENT = "content"  # names of files and folders, whose content is compared instead
+RESULTS = "results"  # how and on what the weights are evaluated
+START = "start"  # read at the start of a run only, which a resumed one is past
+# A prefix that ends in "." stands for all keys under it that have no row of their own.
+HARMLESS = {
+    "OUTPUT_DIR": NOTHING,
+    "VERSION": NOTHING,
+    "VIS_PERIOD": NOTHING,
+    "DOCTOR.": NOTHING,
+    "DATALOADER.NUM_WORKERS": NOTHING,
     # A run that had no bad image, or stops at one, is the same under any of these.
-    "DATALOADER.BAD_IMAGES",
-    "DATALOADER.MAX_BAD_IMAGES",
-    "DATALOADER.TIMEOUT",
-    "MODEL.DISTILLER.PICTURE_PERIOD",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.KEEP_CHECKPOINTS",
-    "SOLVER.IGNORE_SAVE_ERRORS",
-    # Read at the start of a run only, which a resumed one is past.
-    "MODEL.WEIGHTS",
-    # The content counts, not the name: see `training_changes`.
-    "MODEL.DISTILLER.TEACHER.WEIGHTS",
-)
+    "DATALOADER.BAD_IMAGES": NOTHING,
+    "DATALOADER.MAX_BAD_IMAGES": NOTHING,
+    "DATALOADER.TIMEOUT": NOTHING,
+    "MODEL.DISTILLER.PICTURE_PERIOD": NOTHING,
+    "SOLVER.CHECKPOINT_PERIOD": NOTHING,
+    "SOLVER.KEEP_CHECKPOINTS": NOTHING,
+    "SOLVER.IGNORE_SAVE_ERRORS": NOTHING,
+    "TEST.EVAL_PERIOD": NOTHING,
+    "TEST.EXPECTED_RESULTS": NOTHING,
+    "TEST.PRECISE_BN.": "",  # none of these: it replaces the averages of batch norms
+    "TEST.": RESULTS,
+    "DATASETS.TEST": CONTENT,
+    "DATASETS.JSON.TEST": CONTENT,
+    "DATASETS.JSON.TEST_IMAGES": CONTENT,
+    "DATASETS.SHAPES.TEST_IMAGES": CONTENT,
+    "DATASETS.SHAPES.ROOT": CONTENT,
+    "MODEL.DISTILLER.TEACHER.WEIGHTS": CONTENT,
+    "MODEL.WEIGHTS": START,
+}
+# The same of training data: harmless where their content is known to be equal.
+TRAINING_DATA = ("DATASETS.TRAIN", "DATASETS.JSON.TRAIN", "DATASETS.JSON.TRAIN_IMAGES")
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +51,8 @@ def check_changes(before: dict, now: dict, *, allow: bool) -> bool:
     """Compare a checkpoint with the run that wants to continue from it.
 
     Args:
-        before, now: ``full_config``, ``classes``, ``teacher`` and ``processes`` of each, and of
-            ``before`` the finished ``iteration``.
+        before, now: ``full_config``, ``classes``, ``teacher``, ``data`` and ``processes`` of each,
+            and of ``before`` the finished ``iteration``.
         allow: go on although the training is altered.
     Returns:
         Whether it is altered.
@@ -55,6 +62,11 @@ def check_changes(before: dict, now: dict, *, allow: bool) -> bool:
     altering, harmless = training_changes(before, now)
     for change in harmless:
         logger.info(f"--resume with another config: {change}")
+    if _other_images(before, now):
+        logger.warning(
+            "--resume: the training images are not those that the run began with. Files were "
+            "replaced or changed, and it goes on with those that are there now"
+        )
     if not altering:
         return False
     text = "; ".join(altering)
@@ -77,9 +89,12 @@ def check_changes(before: dict, now: dict, *, allow: bool) -> bool:
 def training_changes(before: dict, now: dict) -> Tuple[List[str], List[str]]:
     """What alters the training, and what does not; each as "KEY: before -> now"."""
     altering, harmless = [], []
-    old, new = _parse(before["full_config"]), _parse(now["full_config"])
-    for key, change in _differences(old, new).items():
-        (harmless if _is_harmless(key, new) else altering).append(change)
+    new = _parse(now["full_config"])
+    annotations = [_data(run).get("annotations") for run in (before, now)]
+    same_data = bool(annotations[0]) and annotations[0] == annotations[1]
+    for key, change in differences(before["full_config"], now["full_config"]).items():
+        fine = same_data if key in TRAINING_DATA else _is_harmless(key, new)
+        (harmless if fine else altering).append(change)
     teachers = [run.get("teacher") or {} for run in (before, now)]
     if all(teachers) and teachers[0]["sha256"] != teachers[1]["sha256"]:
         names = [f"{x['weights']} (SHA-256 {x['sha256'][:8]}...)" for x in teachers]
@@ -90,24 +105,58 @@ def training_changes(before: dict, now: dict) -> Tuple[List[str], List[str]]:
     return altering, harmless
 
 
+def _other_images(before: dict, now: dict) -> bool:
+    """Whether the training images are known not to be those of before.
+
+    That is said and not refused: whoever mends a damaged image goes on with the run.
+    """
+    images = [_data(run).get("images") for run in (before, now)]
+    return all(images) and images[0] != images[1]
+
+
+def _data(run: dict) -> dict:
+    """Digests of its training set; {} in checkpoints from before they were recorded."""
+    found = run.get("data")
+    return found if isinstance(found, dict) else {}
+
+
+def bears_on(key: str) -> str:
+    """The kind of a key in `HARMLESS`; "" for all others."""
+    if key.endswith("_TEST"):
+        return HARMLESS.get(key, RESULTS)
+    parents = [key[: i + 1] for i, letter in enumerate(key) if letter == "."]
+    return next((HARMLESS[x] for x in (key, *reversed(parents)) if x in HARMLESS), "")
+
+
 def _is_harmless(key: str, new: Dict[str, Any]) -> bool:
     if key == "SOLVER.MAX_ITER":
         # Then what an iteration does follows from STEPS alone, so that a run can be prolonged or
         # cut short. A cosine is stretched, as is a distillation that fades out.
         steps = new.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR"
         return steps and new.get("MODEL.DISTILLER.SCHEDULE.DECAY", "none") == "none"
-    return key.endswith("_TEST") or any(
-        key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS
-    )
+    return bool(bears_on(key))
 
 
-def _parse(text: str) -> Dict[str, Any]:
-    return dict(leaves(parse_yaml(text, "config")))
+def result_changes(before: str, now: str) -> Dict[str, str]:
+    """Of `differences` those that bear on the results of a run that has ended."""
+    return {
+        key: change
+        for key, change in differences(before, now).items()
+        if key not in TRAINING_DATA and bears_on(key) not in (NOTHING, CONTENT)
+    }
 
 
-def _differences(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, str]:
-    """Changed keys. A key that is new to this version counts with its default, as it acted."""
+def differences(before: str, now: str) -> Dict[str, str]:
+    """Key → "KEY: before -> now" of two configs that differ in it, given as yaml.
+
+    A key that is new to this version counts with its default, as it acted.
+    """
+    old, new = _parse(before), _parse(now)
     if new.keys() - old.keys():
         old = {**_parse(get_fgd_cfg().dump()), **old}
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys}
+
+
+def _parse(text: str) -> Dict[str, Any]:
+    return dict(leaves(parse_yaml(text, "config")))

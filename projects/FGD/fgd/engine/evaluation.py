@@ -21,6 +21,7 @@ from ..errors import StoppedError, UserError
 from ..files import atomic_write
 from ..processes.stop import agreed, requested
 from ..processes.together import on_main_process
+from .results import read_results
 
 SAME_AP = 0.05  # points
 
@@ -55,10 +56,9 @@ def check_same_ap(found: dict, path: str) -> None:
         UserError: there is no such file, or an AP differs by more than rounding can do on a GPU.
     """
     try:
-        with open(path) as file:
-            expected = average_precisions(json.load(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--starts-as {path}: cannot read results ({error})") from None
+        expected = average_precisions(read_results(path))
+    except UserError as error:
+        raise UserError(f"--starts-as: {error}") from None
     own = average_precisions(found)
     if not own or own.keys() != expected.keys():
         names = [", ".join(x) or "nothing" for x in (own, expected)]

@@ -108,11 +108,30 @@ def _candidates(folder: str, named: str) -> Iterator[str]:
 
 
 def _iteration(path: str) -> int:
-    """What the file says, unproved and without reading its tensors; -1 if it says nothing."""
+    """What the file says, unproved; -1 if it says nothing, and the caller tries it last."""
+    found = _peek(path).get("iteration")
+    return found if isinstance(found, int) else -1
+
+
+def recorded(folder: str) -> dict:
+    """What the checkpoint that `last_checkpoint` names says of its run, unproved.
+
+    Returns:
+        "full_config", "data" and "teacher", those that are there.
+    """
+    name, _ = _read_pointer(folder)
+    found = _peek(os.path.join(folder, name)) if name else {}
+    kinds = {"full_config": str, "data": dict, "teacher": dict}
+    return {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
+
+
+def _peek(path: str) -> dict:
+    """A checkpoint without reading its tensors."""
     try:
-        return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["iteration"])
-    except Exception:  # damaged files raise almost anything; the caller tries them last
-        return -1
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # damaged files raise almost anything
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def delete_old_checkpoints(folder: str, newest: str, keep: int) -> None:

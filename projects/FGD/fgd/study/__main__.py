@@ -32,14 +32,18 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
+from fgd_inputs.folder_lock import locked
+from fgd_inputs.names import one_line
+
 from ..errors import UserError
+from ..files import check_output_dir, remove_stale_temporaries
 from . import budget
 from .arms import ARMS, LONG, SINGLE, STAGES, main_arms, study_config
 from .comparisons import number_of_tests
-from .earlier import check_finished
+from .earlier import check_finished, with_test_data
 from .factors import given_factors
 from .facts import facts, how_tested
-from .files import is_finished, write_json, write_text
+from .files import disbelieved, is_finished, no_ap, write_json, write_text
 from .page import html_page, markdown
 from .pictures import draw
 from .plan import plan, study_stages
@@ -103,10 +107,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the study, write and print its report; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return _study(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        if args.report:
+            return _study(args)
+        check_output_dir(str(args.output), "--output")
+        with locked(str(args.output), "--output", "study", print, print):
+            remove_stale_temporaries(str(args.output))
+            return _study(args)
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return getattr(error, "exit_code", UserError.exit_code)
     except KeyboardInterrupt:
         print("stopped; what is finished stays, the same command goes on", file=sys.stderr)
         return STOPPED
@@ -122,6 +131,7 @@ def _study(args: argparse.Namespace) -> int:
     planned = args.config_file, args.teacher, arms, seeds, args.output, opts
     runs = plan(*planned, factors=factors, stages=stages)
     check_finished(runs)
+    runs = with_test_data(runs, cfg)
     for line in not_inheriting(stages):
         print(line, flush=True)
     failures: List[Failure] = []
@@ -144,18 +154,28 @@ def report(
     failures: Sequence[Failure] = (),
     stages: Sequence[Stage] = (),
 ) -> None:
-    """Write study.json, study.md, study.html and their pictures; print the tables."""
-    output = args.output
+    """Print the tables; write study.json, study.md, study.html, and then their pictures.
+
+    Raises:
+        UserError: a file cannot be written. Those before it are whole.
+    """
     study = collect(args, runs, cfg, failures, stages)
+    print(markdown(sections(study, {}), one_line), flush=True)
+    _write(args.output, study, {})
     shown = [*main_arms(args.arms.split(","), cfg), STAGES, SINGLE]
-    pictures, not_drawn = draw(runs, study["arms"], shown, output)
+    pictures, not_drawn = draw(runs, study["arms"], shown, args.output)
     study["missing"] += not_drawn
-    write_json(output / "study.json", study)
+    for line in not_drawn:
+        print(line)
+    _write(args.output, study, pictures)
+    print(args.output / "study.html")
+
+
+def _write(output: Path, study: Dict[str, Any], pictures: Dict[str, Path]) -> None:
     found = sections(study, pictures)
-    write_text(output / "study.html", html_page(found))
+    write_json(output / "study.json", study)
     write_text(output / "study.md", markdown(found))
-    print(markdown([section for section in found if not section.picture]))
-    print(output / "study.html")
+    write_text(output / "study.html", html_page(found))
 
 
 def collect(
@@ -168,7 +188,12 @@ def collect(
     """All that the pages say: facts, missing, arms, budget, stages, changes and test."""
     arms = args.arms.split(",")
     failed = {str(failure.run): str(failure) for failure in failures}
-    missing = [failed.get(str(run), f"{run}: not run") for run in runs if not is_finished(run)]
+    missing = [
+        failed.get(str(run)) or disbelieved(run) or f"{run}: not run"
+        for run in runs
+        if not is_finished(run)
+    ]
+    missing += [line for run in runs if is_finished(run) for line in no_ap(run)]
     missing += wrong_starts(runs)
     measured, changed = None, {}
     if any(run.arm == LONG and is_finished(run) for run in runs):

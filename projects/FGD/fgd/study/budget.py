@@ -1,6 +1,5 @@
 """How long `student-long` trains: as long as distillation took, by the clock of the same study."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -8,13 +7,16 @@ from typing import Dict, List, Sequence
 
 from detectron2.config import CfgNode
 
+from fgd_inputs.json_file import read_json
+
 from ..errors import UserError
 from ..visualize import read_metrics
 from .arms import LONG, STUDENT, main_arms
-from .files import write_json
+from .files import is_finished, write_json
 from .run import Run
 
 FILE = f"{LONG}.json"
+_KEYS = {"arm", "seconds", "ratio", "iterations", "scheduled"}
 
 
 def step_seconds(folders: Sequence[Path]) -> float:
@@ -46,7 +48,9 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
     """
     path, scheduled = output / FILE, int(cfg.SOLVER.MAX_ITER)
     if path.exists():
-        budget = json.loads(path.read_text())
+        budget = read_json(str(path), "budget")
+        if not isinstance(budget, dict) or not _KEYS <= budget.keys():
+            raise UserError(f"{path}: not what a study writes; delete it to measure the time again")
         if budget["scheduled"] != scheduled:
             raise UserError(
                 f"{path}: measured for SOLVER.MAX_ITER {budget['scheduled']}, which is now "
@@ -71,7 +75,7 @@ def long_budget(runs: Sequence[Run], cfg: CfgNode, output: Path) -> dict:
 
 
 def _seconds_of(arm: str, runs: Sequence[Run]) -> float:
-    done = [r.folder for r in runs if r.arm == arm and (r.folder / "results.json").exists()]
+    done = [run.folder for run in runs if run.arm == arm and is_finished(run)]
     seconds = step_seconds(done)
     if math.isnan(seconds):
         raise UserError(f"no finished run of {arm} says how long a step takes")

@@ -1,33 +1,23 @@
 """A study goes on with the runs that are there, if they are what is asked for now."""
 
-from typing import Dict, Sequence
+import os
+from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
 
-from ..config import load_config, load_config_text
+from ..config import load_config
+from ..data.contents import describe_sets
+from ..data.datasets import image_sets
+from ..engine.config_change import result_changes
+from ..engine.results import file_digest
+from ..engine.run_folder import recorded
 from ..errors import UserError
 from .arms import LONG
 from .factors import KEY
-from .files import is_finished, was_given_factor
+from .files import has_results, was_given_factor
 from .run import Run
 
-# What leaves the results of a run as they are, and names of places: a study and its data may be
-# moved. Other test data is found out when detections are compared with results (`summary`).
-_HARMLESS = (
-    "OUTPUT_DIR",
-    "MODEL.DISTILLER.TEACHER.WEIGHTS",
-    "DATASETS.TRAIN",
-    "DATASETS.TEST",
-    "DATASETS.JSON.TRAIN",
-    "DATASETS.JSON.TEST",
-    "DATASETS.JSON.TRAIN_IMAGES",
-    "DATASETS.JSON.TEST_IMAGES",
-    "DATASETS.SHAPES.ROOT",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.KEEP_CHECKPOINTS",
-    "VIS_PERIOD",
-)
+_WAYS_OUT = "use another --output, or delete that folder"
 
 
 def check_finished(runs: Sequence[Run]) -> None:
@@ -39,17 +29,12 @@ def check_finished(runs: Sequence[Run]) -> None:
         if run.balance and was_given_factor(run):
             raise UserError(
                 f"{run}: begun in {run.folder} with a given {KEY}, and now it is to be measured; "
-                "give it again (--factor), use another --output, or delete that folder"
+                f"give it again (--factor), {_WAYS_OUT}"
             )
-        stored = run.folder / "config.yaml"
-        if run.eval_only or not is_finished(run) or not stored.exists():
+        before = "" if run.eval_only or not has_results(run) else _recorded_config(run)
+        if not before:
             continue
-        options = {"SEED": str(run.seed), **run.opts}
-        now = load_config(run.config_file, [word for pair in options.items() for word in pair])
-        now = load_config_text(
-            now.dump(), run.config_file
-        )  # a tuple inside a tuple turns to a list
-        changes = differences(load_config(str(stored)), now)
+        changes = result_changes(before, _config(run).dump())
         if run.arm == LONG:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
         if run.balance:  # it has what was measured then
@@ -59,19 +44,70 @@ def check_finished(runs: Sequence[Run]) -> None:
         if changes:
             raise UserError(
                 f"{run}: finished in {run.folder} with another config "
-                f"({'; '.join(changes.values())}); use another --output, or delete that folder"
+                f"({'; '.join(changes.values())}); {_WAYS_OUT}"
             )
 
 
-def differences(
-    before: CfgNode, now: CfgNode, prefix: str = "", harmless: Sequence[str] = _HARMLESS
-) -> Dict[str, str]:
-    """Keys of both that bear on results and differ, as "KEY: before -> now"."""
-    found: Dict[str, str] = {}
-    for key in now.keys() & before.keys():
-        name, old, new = prefix + key, before[key], now[key]
-        if isinstance(new, CfgNode) and isinstance(old, CfgNode):
-            found.update(differences(old, new, f"{name}.", harmless))
-        elif old != new and name not in harmless:
-            found[name] = f"{name}: {old} -> {new}"
-    return dict(sorted(found.items()))
+def _recorded_config(run: Run) -> str:
+    """That of its checkpoint, without one that of config.yaml; "" if there is neither."""
+    path = run.folder / "config.yaml"
+    found = recorded(str(run.folder)).get("full_config", "")
+    return found or (path.read_text() if path.exists() else "")
+
+
+def _config(run: Run) -> CfgNode:
+    options = {"SEED": str(run.seed), **run.opts}
+    return load_config(run.config_file, [word for pair in options.items() for word in pair])
+
+
+def with_test_data(runs: Sequence[Run], cfg: CfgNode) -> List[Run]:
+    """The runs; those that have begun know the test data of now, and so whose results count.
+
+    Args:
+        cfg: the study's.
+    Raises:
+        UserError: one has begun with other training data, or with another teacher, than is there
+            now: its arm could not be compared with others.
+    """
+    known: Dict[str, Dict[str, dict]] = {}
+    checked = []
+    for run in runs:
+        header = recorded(str(run.folder))
+        if header or has_results(run):
+            own = cfg.clone() if run.eval_only else _config(run)
+            own.OUTPUT_DIR = str(run.folder)  # generated sets are there
+            node = own.DATASETS.JSON
+            key = own.DATASETS.dump() + ("" if node.TRAIN and node.TEST else own.OUTPUT_DIR)
+            if key not in known:
+                known[key] = {split: _digests(own, split) for split in ("TRAIN", "TEST")}
+            _check_data(run, header.get("data", {}), known[key]["TRAIN"])
+            _check_teacher(run, header.get("teacher", {}).get("sha256"), own)
+            run = run._replace(tested=known[key]["TEST"])
+        checked.append(run)
+    return checked
+
+
+def _digests(cfg: CfgNode, split: str) -> Dict[str, str]:
+    """As checkpoints and results have them; {} where the data are not there."""
+    try:
+        return describe_sets(image_sets(cfg, split))
+    except UserError:
+        return {}  # a run that needs them says so
+
+
+def _check_data(run: Run, began: Dict[str, str], now: Dict[str, str]) -> None:
+    other = [key for key in began if key in now and now[key] != began[key]]
+    if other:
+        raise UserError(
+            f"{run}: begun in {run.folder} with other training data than are there now "
+            f"({' and '.join(other)} differ); bring them back, {_WAYS_OUT}"
+        )
+
+
+def _check_teacher(run: Run, taught: Optional[str], cfg: CfgNode) -> None:
+    path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
+    if taught and os.path.isfile(path) and file_digest(path) != taught:
+        raise UserError(
+            f"{run}: taught in {run.folder} by another teacher than {path} is now (SHA-256 "
+            f"{taught[:8]}..., now {file_digest(path)[:8]}...); {_WAYS_OUT}"
+        )

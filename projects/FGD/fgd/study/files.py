@@ -2,48 +2,86 @@
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, List, Optional
+
+from fgd_inputs.json_file import number, read_json
 
 from ..config import META_ARCHITECTURE
+from ..engine.results import FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
+from ..errors import UserError
 from ..files import atomic_write
 from ..yaml_config import leaves, parse_yaml
 from .arms import method_of
 from .run import Run
 
-RESULTS, START = "results.json", "start.json"
+START = "start.json"
 MINUTES, CONSOLE = "minutes.json", "console.txt"
 _MEASURED = "measured.json"  # of arms of methods: true or false
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(str(path), lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); make room, then call again: what is "
+            "finished stays, and --report writes the pages alone"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(str(path), lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def is_finished(run: Run) -> bool:
+def has_results(run: Run) -> bool:
+    """Whatever they are of."""
     return (run.folder / RESULTS).exists()
+
+
+def is_finished(run: Run) -> bool:
+    """Whether it has results, which are of its checkpoint and of the test data."""
+    return has_results(run) and not disbelieved(run)
+
+
+def disbelieved(run: Run) -> str:
+    """Why the results that are there do not count, "" if they do, as far as is known."""
+    if not has_results(run):
+        return ""
+    weights = run.opts["MODEL.WEIGHTS"] if run.eval_only else str(run.folder / FINAL)
+    reason = evaluated_otherwise(read_result(run), weights, run.tested)
+    return reason and f"{run}: {run.folder / RESULTS} {reason}"
 
 
 def read_minutes(run: Run) -> Optional[float]:
     """Wall time of all attempts at a run; None if nobody took it."""
-    path = run.folder / MINUTES
-    return json.loads(path.read_text()) if path.exists() else None
+    return number(_read(run.folder / MINUTES))
 
 
 def read_result(run: Run) -> dict:
-    """results.json of a finished run: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
-    return json.loads((run.folder / RESULTS).read_text())
+    """results.json of a run that has one: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
+    return read_results(str(run.folder / RESULTS))
+
+
+def no_ap(run: Run) -> List[str]:
+    """Sentences on a finished run that has no AP, which is then "–" on the page."""
+    kinds = without_ap(read_result(run))
+    return [f"{run}: {kind} has no AP, because nothing was detected" for kind in kinds]
 
 
 def read_start(run: Run) -> Optional[dict]:
     """As `read_result`, of its evaluation before step one; None if there was none."""
     path = run.folder / START
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_results(str(path)) if path.exists() else None
 
 
 def write_measured(run: Run) -> None:
@@ -55,8 +93,12 @@ def write_measured(run: Run) -> None:
 
 def was_given_factor(run: Run) -> bool:
     """Whether it is known to have begun with a given factor."""
-    path = run.folder / _MEASURED
-    return path.exists() and not json.loads(path.read_text())
+    return _read(run.folder / _MEASURED) is False
+
+
+def _read(path: Path) -> Any:
+    """What a JSON of the study's own holds; None where there is none."""
+    return read_json(str(path), "study file") if path.exists() else None
 
 
 def read_factor(run: Run) -> Optional[float]:

@@ -1,5 +1,6 @@
 """Pictures of a study: AP of each seed, losses, and what is distilled."""
 
+import io
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
@@ -7,13 +8,15 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from matplotlib.figure import Figure
 
+from fgd_inputs.names import figure_text
+
 from ..config import load_config
 from ..data.datasets import register_from_config
 from ..errors import UserError
 from ..visualize import loss_figure, picture_figure, record_pictures, rgb_pixels
 from ..visualize.run import load_inputs, open_run
 from .arms import TEACHER
-from .files import is_finished
+from .files import is_finished, write_bytes
 from .run import Run
 
 _DPI = 110
@@ -59,7 +62,7 @@ def ap_figure(rows: Sequence[dict]) -> Figure:
         each = row["bbox"]["AP"]["each"]
         axis.plot(each, [i] * len(each), "o", color="C0", alpha=0.7)
         axis.plot([row["bbox"]["AP"]["mean"]] * 2, [i - 0.3, i + 0.3], color="black")
-    axis.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    axis.set_yticks(range(len(rows)), [figure_text(row["arm"]) for row in rows])
     axis.invert_yaxis()
     axis.set_xlabel("AP")
     axis.grid(axis="x", alpha=0.3)
@@ -98,6 +101,7 @@ def labelled_inputs(cfg: CfgNode, images: int) -> List[dict]:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    write_bytes(path, drawn.getvalue())
     return path

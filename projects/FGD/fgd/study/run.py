@@ -14,6 +14,7 @@ class Run(NamedTuple):
         eval_only: of a teacher that is there already.
         balance: measures MODEL.DISTILLER.FACTOR at its start.
         before: the runs of a chain that come before this one, which starts from the last of them.
+        tested: digests of the test data that its results have to be of; {} = not known.
     """
 
     arm: str
@@ -25,6 +26,7 @@ class Run(NamedTuple):
     eval_only: bool = False
     balance: bool = False
     before: Tuple["Run", ...] = ()
+    tested: Dict[str, str] = {}
 
     def __str__(self) -> str:
         return self.arm if self.arm == TEACHER else f"{self.arm}, seed {self.seed}"

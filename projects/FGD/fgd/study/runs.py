@@ -12,13 +12,15 @@ import torch
 from detectron2.config import CfgNode
 
 from ..distillation.teacher import teacher_config
+from ..engine.results import RESULTS
 from ..errors import UserError
+from ..processes.with_parent import with_parent
 from . import budget
 from .arms import LONG, TEACHER
 from .files import (
     CONSOLE,
     MINUTES,
-    RESULTS,
+    disbelieved,
     is_finished,
     read_minutes,
     read_result,
@@ -92,22 +94,27 @@ class Runner:
     def run_all(self) -> List[Failure]:
         """Train what is not finished; returns the runs without results, empty if all went well.
 
-        On SIGINT or SIGTERM the running ones are told to save and stop, and KeyboardInterrupt is
-        raised once they have.
+        On SIGINT, SIGTERM or SIGHUP the running ones are told to save and stop, and
+        KeyboardInterrupt is raised once they have. After SIGKILL the kernel kills them.
         """
         for run in self.runs:
             if is_finished(run):
                 _announce(run)
-            else:
-                self.waiting.append(run)
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+                continue
+            self.waiting.append(run)
+            if reason := disbelieved(run):
+                print(f"{reason}; it is evaluated again", flush=True)
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
+        numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+        previous = {x: signal.signal(x, signal.default_int_handler) for x in numbers}
         try:
             while self.waiting or self.running:
                 self._start_ready()
                 self._collect()
         finally:
             self._stop()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         return self.failures
 
     def _start_ready(self) -> None:
@@ -139,7 +146,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(run.folder / CONSOLE, "a") as console:
             process = subprocess.Popen(
-                command,
+                with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -189,6 +196,8 @@ class Runner:
                 continue
             log = (job.run.folder / CONSOLE).read_text(errors="replace").strip().splitlines()
             reason = f"exit code {code}: {log[-1] if log else 'no output'}"
+            if code == 0 and disbelieved(job.run):
+                reason = disbelieved(job.run)
             # A negative code is the number of the signal that killed it; a shell adds it to 128.
             number = code if code >= 0 else 128 - code
             self._fail(Failure(job.run, reason, number, code in _STOPPED))
@@ -210,7 +219,10 @@ class Runner:
 
 def _add_minutes(job: Job) -> None:
     spent = (time.perf_counter() - job.started) / 60
-    write_json(job.run.folder / MINUTES, (read_minutes(job.run) or 0.0) + spent)
+    try:
+        write_json(job.run.folder / MINUTES, (read_minutes(job.run) or 0.0) + spent)
+    except UserError as error:  # the runs go on without this time
+        print(f"{job.run}: its time is not recorded: {error}", file=sys.stderr, flush=True)
 
 
 def _announce(run: Run) -> None:

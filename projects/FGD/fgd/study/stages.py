@@ -11,14 +11,15 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from detectron2.config import CfgNode
 
-from ..config import META_ARCHITECTURE, load_config_text, student_config
+from ..config import META_ARCHITECTURE, student_config
 from ..distillation.config import check_distiller, needs_teacher, teacher_name
+from ..engine.config_change import differences
 from ..engine.evaluation import check_same_ap
+from ..engine.results import RESULTS
 from ..errors import UserError
 from .arms import SINGLE, STAGES, study_config
 from .budget import stretched
-from .earlier import differences
-from .files import RESULTS, START, is_finished, read_result, read_start
+from .files import START, is_finished, read_result, read_start
 from .run import Run, Teacher
 
 _INHERIT = "MODEL.DISTILLER.INHERIT"
@@ -91,9 +92,7 @@ def _read_stage(
 
 
 def _other_student(cfg: CfgNode, stage: CfgNode) -> Dict[str, str]:
-    # Read from text, because a tuple inside a tuple turns to a list there.
-    plain = [load_config_text(student_config(x).dump(), "stage") for x in (cfg, stage)]
-    found = differences(*plain, harmless=())
+    found = differences(student_config(cfg).dump(), student_config(stage).dump())
     return {key: text for key, text in found.items() if key.startswith(_SAME)}
 
 

@@ -1,12 +1,13 @@
 """The figures of a study: AP of every arm over its seeds, and the changes between arms."""
 
-import json
 import math
 import statistics
 from collections import defaultdict
-from typing import Dict, List, Optional, Sequence
+from typing import AbstractSet, Any, Dict, List, Optional, Sequence
 
 from detectron2.config import CfgNode
+
+from fgd_inputs.json_file import number, read_json
 
 from ..data.datasets import coco_ground_truth, register_from_config
 from ..errors import UserError
@@ -21,6 +22,7 @@ from .runs import kinds
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _DETECTIONS = "inference/coco_instances_results.json"
+_AGAIN = "evaluate it again (train_net.py --eval-only)"
 
 
 def spread(values: Sequence[Optional[float]]) -> dict:
@@ -110,7 +112,7 @@ def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List
     found: Dict[str, Dict] = defaultdict(dict)
     for run in done:
         if run.arm in wanted:
-            detections, result = _detections(run), read_result(run)
+            detections, result = _detections(run, truth.imgs.keys()), read_result(run)
             for kind in kinds(result):
                 of_run = replicates(match(truth, detections, kind), sets)
                 _check_same(run, kind, of_run[ALL][0], result[kind]["AP"])
@@ -124,11 +126,26 @@ def ground_truth(cfg: CfgNode) -> dict:
     return coco_ground_truth(name)
 
 
-def _detections(run: Run) -> List[dict]:
+def _detections(run: Run, images: AbstractSet) -> List[dict]:
     path = run.folder / _DETECTIONS
     if not path.exists():
         raise UserError(f"{run}: {path} is missing, so changes cannot be tested")
-    return json.loads(path.read_text())
+    found = read_json(str(path), "detections")
+    entries = found if isinstance(found, list) else [None]
+    if not all(map(_is_detection, entries)):
+        raise UserError(f"{run}: {path} has something else than detections; {_AGAIN}")
+    if not {x["image_id"] for x in entries} <= images:
+        raise UserError(f"{run}: {path} has images that are not in the test set; {_AGAIN}")
+    return entries
+
+
+def _is_detection(entry: Any) -> bool:
+    """Whether it is one of COCO's result format."""
+    if not isinstance(entry, dict) or not {"image_id", "category_id"} <= entry.keys():
+        return False
+    box = entry.get("bbox", [])
+    values = [entry.get("score"), *(box if isinstance(box, list) else [None])]
+    return isinstance(entry["image_id"], (int, str)) and None not in map(number, values)
 
 
 def _check_same(run: Run, kind: str, found: float, reported: Optional[float]) -> None:
@@ -139,5 +156,5 @@ def _check_same(run: Run, kind: str, found: float, reported: Optional[float]) ->
     if not abs(found - (reported or 0.0)) < 0.01:
         raise UserError(
             f"{run}: results.json says {kind} AP {reported}, but the saved detections give "
-            f"{found:.4f}; evaluate it again (train_net.py --eval-only)"
+            f"{found:.4f}; {_AGAIN}"
         )
