@@ -51,6 +51,35 @@ def test_errors_of_command_line_and_missing_file():
         load_config("nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("SOLVER: {BASE_LR: .inf}", "SOLVER.BASE_LR: inf is no number to calculate with"),
+        ("MODEL: {PIXEL_STD: [1, .nan]}", "MODEL.PIXEL_STD: nan is no number to calculate with"),
+        (f"SOLVER: {{MAX_ITER: {10**390}}}", " is no number to calculate with"),
+        ("SOLVER: {STEPS: null}", "SOLVER.STEPS: null; expected a value as (30000,)"),
+        ("SOLVER: {STEPS: [a]}", "SOLVER.STEPS: ('a',); expected numbers"),
+        ("DATASETS: {TRAIN: [{a: 1}]}", "expected texts"),
+        ("OUTPUT_DIR: ~no_such_user/x", "OUTPUT_DIR ~no_such_user/x: there is no such home folder"),
+    ],
+)
+def test_values_that_yacs_takes_and_nothing_can_use(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"VERSION: 2\n{text}")
+    with pytest.raises(UserError) as caught:
+        load_config(str(path))
+    assert message in str(caught.value) and "c.yaml: " in str(caught.value)
+
+
+def test_a_text_that_begins_with_a_tilde_is_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "c.yaml"
+    path.write_text("VERSION: 2\nOUTPUT_DIR: ~/x\nDATASETS: {JSON: {TRAIN: ~/t.json}}\n")
+    cfg = load_config("~/c.yaml", ["MODEL.WEIGHTS", "~/w.pth"])
+    assert cfg.OUTPUT_DIR == f"{tmp_path}/x" and cfg.DATASETS.JSON.TRAIN == f"{tmp_path}/t.json"
+    assert cfg.MODEL.WEIGHTS == f"{tmp_path}/w.pth"
+
+
 def test_student_config_builds_the_student_alone():
     cfg = get_fgd_cfg()
     cfg.MODEL.META_ARCHITECTURE = "Distiller"

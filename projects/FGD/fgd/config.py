@@ -2,16 +2,19 @@
 
 import os
 from contextlib import contextmanager
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
+from fgd_inputs.json_file import shown
+
 from .errors import UserError
-from .yaml_config import SafeCfgNode, parse_yaml
+from .yaml_config import SEVERAL_TYPES, SafeCfgNode, leaves, parse_yaml
 
 META_ARCHITECTURE = "Distiller"
+_SHOWN = 150  # characters at either end of another library's message
 
 
 class Keys(NamedTuple):
@@ -70,6 +73,7 @@ def get_fgd_cfg() -> CfgNode:
 
 def find_config_file(path: str) -> str:
     """The local path itself or the model zoo's file of that name; UserError if there is none."""
+    path = os.path.expanduser(path)
     if os.path.isfile(path) or "://" in path:
         return path
     try:
@@ -83,33 +87,87 @@ def find_config_file(path: str) -> str:
 def load_config(path: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """Defaults, then the file (if any), then ``KEY VALUE`` pairs. Not frozen.
 
+    A text that begins with "~" names a file in the home folder.
+
     Raises:
-        UserError: missing file, unknown key, wrong type, code in the file; names file and key.
+        UserError: missing file, unknown key, wrong type, a number that is not finite, code in the
+            file; names file and key.
     """
     cfg = get_fgd_cfg()
     if path:
-        with _config_errors(path):
+        with _merging(cfg, path):
             cfg.merge_from_file(find_config_file(path), allow_unsafe=False)
-    with _config_errors("command line"):
+    with _merging(cfg, "command line"):
         cfg.merge_from_list(list(opts))
     return cfg
 
 
 @contextmanager
-def _config_errors(source: str):
-    """Detectron2 and yacs report a bad config through assorted exceptions: make them one."""
+def _merging(cfg: CfgNode, source: str):
+    """Inside, values are merged into ``cfg``; all that can be wrong with them is one UserError.
+
+    Detectron2 and yacs report a bad config through exceptions of any type.
+    """
     try:
         yield
-    except UserError:
-        raise
-    except (KeyError, ValueError, AssertionError, OSError) as error:
-        raise UserError(f"{source}: {error.args[-1] if error.args else error}") from error
+        _check_values(cfg)
+        _find_home(cfg)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if source in text else f"{source}: {text}") from error
+    except (RecursionError, MemoryError):
+        raise UserError(f"{source}: a value is nested too deeply to be read") from None
+    except Exception as error:
+        text = " ".join(str(error.args[-1] if error.args else type(error).__name__).split())
+        text = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+        raise UserError(f"{source}: {text}") from error
+
+
+def _check_values(cfg: CfgNode) -> None:
+    """Raise UserError where yacs does not look: inside of lists, at null, at numbers."""
+    defaults = dict(leaves(get_fgd_cfg()))
+    for key, value in leaves(cfg):
+        default, items = defaults.get(key), list(_items(value))
+        for item in items:
+            if type(item) in (int, float) and not abs(item) < 2**63:
+                raise UserError(f"{key}: {shown(item)} is no number to calculate with")
+        if default is None or key in SEVERAL_TYPES:  # it may be anything
+            continue
+        if value is None:
+            raise UserError(f"{key}: null; expected a value as {shown(default)}")
+        expected = set(map(_kind, _items(default)))
+        if expected and not expected.issuperset(map(_kind, items)):
+            raise UserError(f"{key}: {shown(value)}; expected {' or '.join(sorted(expected))}")
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """What nested lists hold; of anything else, itself."""
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, (list, tuple)):
+            yield from _items(item)
+        else:
+            yield item
+
+
+def _kind(value: Any) -> str:
+    kinds = {int: "numbers", float: "numbers", bool: "numbers", str: "texts"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _find_home(node: CfgNode, above: str = "") -> None:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            _find_home(value, f"{above}{key}.")
+        elif isinstance(value, str) and value.startswith("~"):
+            node[key] = os.path.expanduser(value)
+            if node[key] == value:
+                raise UserError(f"{above}{key} {value}: there is no such home folder")
 
 
 def load_config_text(text: str, source: str) -> CfgNode:
     """A config that is stored as text, e.g. in a checkpoint; errors as in `load_config`."""
     cfg = get_fgd_cfg()
-    with _config_errors(source):
+    with _merging(cfg, source):
         cfg.merge_from_other_cfg(SafeCfgNode(parse_yaml(text, source)))
     return cfg
 
