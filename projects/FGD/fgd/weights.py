@@ -17,6 +17,7 @@ from fvcore.common.checkpoint import _filter_reused_missing_keys
 from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoint_entries import check_entries, check_kinds
 from .errors import UserError
 from .files import check_seal
 
@@ -95,6 +96,7 @@ def read_weights(path: str) -> dict:
     local = _local_path(address)
     try:
         checkpoint = _as_checkpoint(_reader(local)(local), local)
+        check_entries(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if heuristics == "True":
@@ -201,12 +203,15 @@ def _as_checkpoint(data, path: str) -> dict:
         raise UserError(f"expected a dict of weights, found a {type(data).__name__}")
     if path.endswith(".pkl") and not ("model" in data and "__author__" in data):
         blobs = data.get("blobs", data)  # Caffe2; detection models have "blobs", ImageNet's do not
-        model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+        if not isinstance(blobs, dict):
+            raise UserError("it holds no weights")
+        model = {k: v for k, v in blobs.items() if not str(k).endswith("_momentum")}
         data = {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
     elif path.endswith(".pyth") and "model_state" in data:  # pycls
-        model = {
-            k: v for k, v in data["model_state"].items() if not k.endswith("num_batches_tracked")
-        }
+        state = data["model_state"]
+        if not isinstance(state, dict):
+            raise UserError("it holds no weights")
+        model = {k: v for k, v in state.items() if not str(k).endswith("num_batches_tracked")}
         data = {"model": model, "__author__": "pycls", "matching_heuristics": True}
     elif "model" not in data and isinstance(data.get("state_dict"), dict):
         raise UserError(
@@ -215,11 +220,6 @@ def _as_checkpoint(data, path: str) -> dict:
         )
     elif "model" not in data:
         data = {"model": data}
-    if not isinstance(data["model"], dict) or not data["model"]:
-        raise UserError("it holds no weights")
-    for name, value in data["model"].items():
-        if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise UserError(f"not a weight file: {name!r} is a {type(value).__name__}")
     return data
 
 
@@ -248,6 +248,8 @@ def load_complete(
     if rename is not None:
         checkpoint = {"model": rename(checkpoint["model"])}
     try:
+        renamed = bool(checkpoint.get("matching_heuristics"))
+        check_kinds(checkpoint["model"], model.state_dict(), renamed=renamed)
         incompatible = DetectionCheckpointer(model)._load_model(checkpoint)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{what} weights {path}: {' '.join(str(error).split())}") from None

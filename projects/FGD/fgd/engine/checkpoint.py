@@ -30,6 +30,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .. import compat
+from ..checkpoint_entries import FORMAT, check_kinds
 from ..config import META_ARCHITECTURE, student_config
 from ..data.contents import describe_sets, registered_set
 from ..distillation.config import needs_teacher
@@ -41,7 +42,6 @@ from ..processes.together import on_main_process
 from ..weights import read_weights
 from . import run_folder
 from .config_change import check_changes
-from .run_folder import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -208,18 +208,18 @@ class TrainingCheckpointer(DetectionCheckpointer):
             allow=allow_changes,
         )
         try:
-            self.student.load_state_dict(data["model"])
+            _load(self.student, data["model"])
             if self.distillation:
-                self.distillation.load_state_dict(data["distiller"])
+                _load(self.distillation, data["distiller"])
             self.trainer.load_state_dict(data["trainer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._resume_rank(data)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--resume: {path} does not fit this config ({' '.join(str(error).split())}); "
-                "continue with the config.yaml beside it"
+                f"--resume: {path} does not fit this config ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); continue with the config.yaml beside it"
             ) from error
         if not changed and data.get("data"):
             self.header["data"] = data["data"]  # what it began with, should images be others now
-        self._resume_rank(data)
         return Resumed(path, data["iteration"], changed)
 
     def _resume_rank(self, data: dict) -> None:
@@ -253,6 +253,11 @@ class SavePeriodically(hooks.PeriodicCheckpointer):
             if not self.ignore_errors or iteration >= self.max_iter - 1:
                 raise
             logger.warning(f"SOLVER.IGNORE_SAVE_ERRORS: training goes on, UNSAVED. {error}")
+
+
+def _load(module: nn.Module, weights: dict) -> None:
+    check_kinds(weights, module.state_dict(), renamed=False)
+    module.load_state_dict(weights)
 
 
 def _tensor_bytes(value) -> int:

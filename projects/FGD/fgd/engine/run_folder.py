@@ -8,15 +8,16 @@ from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 
+from ..checkpoint_entries import FORMAT
 from ..errors import UserError
 from ..files import atomic_write, check_seal
 from ..weights import read_weights
 
-FORMAT = "fgd-1"
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
 # Names that only a training run gives to files. Others in the folder may be anyone's.
 _OWN = re.compile(r"model_(\d{7}|final|best|diverged\w*)\.pth|last_checkpoint")
+_STATE = ("trainer", "rng", "iteration", "distiller", "full_config", "classes")
 _RECORDS = ("metrics.json", "results.json", "start.json")
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def read_checkpoint(path: str) -> dict:
         UserError: damaged, or not a training checkpoint of this project.
     """
     data = read_weights(path)
-    if data.get("format") != FORMAT or "trainer" not in data:
+    if data.get("format") != FORMAT or any(data.get(name) is None for name in _STATE):
         raise UserError(
             f"{path}: it holds no training state of this project; to start from its weights pass "
             "MODEL.WEIGHTS instead of --resume"

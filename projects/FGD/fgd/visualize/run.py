@@ -7,12 +7,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
+from ..checkpoint_entries import FORMAT
 from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..data.images import ImageMapper
 from ..distillation.config import needs_teacher
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import describe_teacher
-from ..engine.checkpoint import FORMAT
 from ..errors import UserError
 from ..methods.method import chosen_methods
 from ..weights import load_complete, read_weights
