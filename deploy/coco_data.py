@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from deploy.errors import UserError
+from fgd_inputs.classes import class_positions
 from fgd_inputs.coco import read_test_set
 
 
@@ -28,14 +29,9 @@ class CocoData:
         Raises:
             UserError: the names differ. AP over some of the classes would look like a bad model.
         """
-        ids = {category["name"]: category["id"] for category in self.truth["categories"]}
-        missing, unknown = sorted(set(classes) - set(ids)), sorted(set(ids) - set(classes))
-        if missing or unknown or len(ids) != len(self.truth["categories"]):
-            raise UserError(
-                f"classes of the model and of {self.name} differ: only in the model {missing}, "
-                f"only in the dataset {unknown}, {len(self.truth['categories'])} in the dataset"
-            )
-        return [ids[name] for name in classes]
+        names = [category["name"] for category in self.truth["categories"]]
+        positions = class_positions(classes, names, self.name)
+        return [self.truth["categories"][i]["id"] for i in positions]
 
     @property
     def with_masks(self) -> bool:

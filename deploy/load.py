@@ -1,6 +1,7 @@
 """Checkpoint -> the student alone, loaded completely or not at all, in eval mode on the CPU."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -16,6 +17,7 @@ from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
 from fgd.config import checkpoint_config, load_config, load_config_text
 from fgd.data.checks import NUM_CLASSES_KEYS
+from fgd.trained_with import other_config
 from fgd.weights import load_complete, read_weights
 from fgd.yaml_config import leaves
 
@@ -82,11 +84,16 @@ def load_student(
 
 def _find_config(path: Path, checkpoint: Dict, config_file: Optional[str]) -> Tuple[CfgNode, str]:
     beside = path.with_name("config.yaml")
+    trained = checkpoint.get("config") if isinstance(checkpoint.get("config"), str) else None
     if config_file:
-        return load_config(config_file), config_file
-    if isinstance(checkpoint.get("config"), str):
+        cfg = load_config(config_file)
+        said = other_config(str(path), trained, cfg)
+        if said:
+            print(said, file=sys.stderr)
+        return cfg, config_file
+    if trained:
         source = f"{path} (key 'config')"
-        return load_config_text(checkpoint["config"], source), source
+        return load_config_text(trained, source), source
     if beside.is_file():
         return load_config(str(beside)), str(beside)
     raise UserError(

@@ -116,3 +116,17 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     refused(tmp_path / "page.pth", "web page")
     torch.save({"state_dict": {"backbone.w": torch.zeros(1)}}, tmp_path / "mmdet.pth")
     refused(tmp_path / "mmdet.pth", "MMDetection")
+
+
+def test_a_config_file_is_compared_with_that_of_the_training(student, tmp_path, capsys):
+    model, cfg = student
+    path = save_checkpoint(model, cfg, tmp_path / "a.pth")
+    other = cfg.clone()
+    other.INPUT.MIN_SIZE_TEST, other.MODEL.WEIGHTS = 31, "elsewhere.pth"
+    (tmp_path / "sizes.yaml").write_text(other.dump())
+    load_student(path, config_file=str(tmp_path / "sizes.yaml"))
+    said = f"INPUT.MIN_SIZE_TEST 31 (trained with {cfg.INPUT.MIN_SIZE_TEST})"
+    assert said in capsys.readouterr().err
+    other.INPUT.FORMAT = "RGB"
+    (tmp_path / "rgb.yaml").write_text(other.dump())
+    refused(path, r"INPUT.FORMAT 'RGB' \(trained with 'BGR'\)", config_file=tmp_path / "rgb.yaml")

@@ -44,6 +44,10 @@ def _is_teacher(value: Any) -> bool:
     return all(map(_is_text, [*value, *value.values()])) and {"weights", "sha256"} <= value.keys()
 
 
+def _is_data(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, [*value, *value.values()])))
+
+
 def _is_iteration(value: Any) -> bool:
     return value is None or (type(value) is int and -1 <= value < 2**53)
 
@@ -58,6 +62,7 @@ _OWN = {
     "config": _Entry("the text of a config", lambda value: value is None or _is_text(value)),
     "full_config": _Entry("the text of a config", _is_text),
     "teacher": _Entry("None, or a dict of the texts weights and sha256", _is_teacher),
+    "data": _Entry("None, or a dict of texts", _is_data),
     "distiller": _Entry("a dict of tensors", lambda value: isinstance(value, dict)),
     "trainer": _Entry("a dict", lambda value: isinstance(value, dict)),
     "rng": _Entry("a list", lambda value: isinstance(value, list)),

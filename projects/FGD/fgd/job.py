@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .config import check_config, check_device, checkpoint_config, load_config
-from .data.checks import check_class_count
+from .data.checks import check_class_count, class_names, matched_by_name
 from .data.contents import describe_sets, registered_set, shared_images
 from .data.datasets import register_from_config
 from .doctor import command as doctor
@@ -26,6 +26,7 @@ from .errors import UserError
 from .files import atomic_write, check_output_dir
 from .processes.lock import folder_lock
 from .processes.together import on_main_process
+from .trained_with import other_config
 from .visualize.hook import picture_hooks
 from .weights import load_complete, weights_sha256
 
@@ -179,7 +180,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     Only the student is built, so no teacher is needed.
 
     Raises:
-        UserError: the weights are not complete.
+        UserError: the weights are not complete, or were trained for other classes or other images.
     """
     path = cfg.MODEL.WEIGHTS
     if resume:
@@ -190,7 +191,13 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     model = build_model(checkpoint_config(cfg))
     report = load_complete(model, path, what="model")
     logger.info(f"Evaluating {path}: {report.summary()}")
-    results = FGDTrainer.test(cfg, model)
+    said = other_config(path, report.config, cfg)
+    if said:
+        logger.warning(said)
+    if not report.classes:
+        logger.info(f"{path} names no classes: those of the data are taken for its own")
+    with matched_by_name(cfg, report.classes or class_names(cfg)):
+        results = FGDTrainer.test(cfg, model)
     iterations = None if report.iteration is None else report.iteration + 1
     write_results(cfg, results, iterations, path)
     return 0

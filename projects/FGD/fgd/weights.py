@@ -63,6 +63,7 @@ class LoadReport:
     nonfinite: list[str] = field(default_factory=list)
     iteration: Optional[int] = None  # of the last training step, where the file says so
     classes: list[str] = field(default_factory=list)  # class names, where the file says so
+    config: Optional[str] = None  # yaml of the student's config, where the file says so
 
     def summary(self) -> str:
         """One line: counts, and the first names of each list that is not empty."""
@@ -256,6 +257,8 @@ def load_complete(
     report = _report(model, incompatible)
     report.iteration = checkpoint.get("iteration")
     report.classes = list(checkpoint.get("classes") or [])
+    config = checkpoint.get("config")
+    report.config = config if isinstance(config, str) else None
     incomplete = report.missing or report.mismatched
     if left_out is not None:
         known = tuple(f"{name}." for name in left_out)

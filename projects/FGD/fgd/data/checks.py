@@ -4,13 +4,22 @@ Without this, a dataset with one class too many trains the extra class as backgr
 wastes outputs, and one with two more dies in a CUDA assert.
 """
 
+import logging
+from contextlib import ExitStack, contextmanager
+from typing import Iterator, Sequence
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+
+from fgd_inputs.classes import class_positions
 
 from ..config import student_config
 from ..errors import UserError
 
-__all__ = ["check_class_count", "class_names", "config_value"]
+__all__ = ["check_class_count", "class_names", "config_value", "matched_by_name"]
+
+logger = logging.getLogger(__name__)
 
 # Meta-architecture -> the config key of its number of classes. A new detector adds one line.
 NUM_CLASSES_KEYS = {
@@ -81,6 +90,57 @@ def check_class_count(cfg: CfgNode) -> list[str]:
             f"set {key} {len(names)}"
         )
     return names
+
+
+@contextmanager
+def matched_by_name(cfg: CfgNode, classes: Sequence[str]) -> Iterator[None]:
+    """Inside, the test sets are evaluated as having a model's classes in the model's order.
+
+    Args:
+        cfg: as `register_from_config` returned it.
+        classes: of the model, which the test sets may number otherwise.
+    Raises:
+        UserError: the names differ, or a set does not say by which numbers it knows its classes.
+    """
+    with ExitStack() as stack:
+        for name in cfg.DATASETS.TEST:
+            own = _dataset_classes(name)
+            positions = class_positions(classes, own, f"dataset {name!r}")
+            if positions == list(range(len(own))):
+                continue
+            key, value = _renumbered(name, classes, positions)
+            stack.enter_context(_set(MetadataCatalog.get(name), key, value))
+            logger.warning(
+                f"{name}: classes are matched by name, the model has them in another order: "
+                f"{_shorten(list(classes))} against {_shorten(own)}"
+            )
+        yield
+
+
+def _renumbered(name: str, classes: Sequence[str], positions: list[int]) -> tuple[str, object]:
+    """The key of the metadata, and its value, by which evaluators read a model's labels."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") == "pascal_voc":
+        return "thing_classes", list(classes)
+    key = "thing_dataset_id_to_contiguous_id"
+    if metadata.get(key) is None:
+        raise UserError(
+            f"dataset {name!r} has the model's classes in another order and no category ids: "
+            f"register it as {_shorten(list(classes))}"
+        )
+    ids = {label: number for number, label in metadata.get(key).items()}
+    return key, {ids[position]: label for label, position in enumerate(positions)}
+
+
+@contextmanager
+def _set(metadata: Metadata, key: str, value: object) -> Iterator[None]:
+    """Detectron2's metadata can be set once only."""
+    before = vars(metadata).pop(key)
+    setattr(metadata, key, value)
+    try:
+        yield
+    finally:
+        vars(metadata)[key] = before
 
 
 def _shorten(names: list[str], most: int = 12) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..config import checkpoint_config, load_config, load_config_text
 from ..errors import UserError
 from ..methods.batch import Cut, HeadLevel, RegionView
+from ..trained_with import other_config
 from ..weights import LoadReport, load_complete, read_weights, state_sha256, weights_sha256
 from .config import needs_teacher, teacher_name
 from .regions import view_of
@@ -52,12 +53,15 @@ def load_teacher(cfg: CfgNode) -> LoadedTeacher:
 
     Raises:
         UserError: weights are missing, do not fit or are not finite, unless
-            MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise.
+            MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise; or they were trained on
+            other images than CONFIG_FILE makes.
     """
     node = cfg.MODEL.DISTILLER.TEACHER
     model, config = untrained_teacher(cfg)
     load = model.load_weights if isinstance(model, TimmNetwork) else partial(load_complete, model)
     report = load(node.WEIGHTS, allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
+    if not isinstance(model, TimmNetwork):
+        other_config(node.WEIGHTS, report.config, config)
     return LoadedTeacher(model, config, report)
 
 
