@@ -21,16 +21,19 @@ from .doctor import command as doctor
 from .engine.evaluation import check_same_ap
 from .engine.results import EVALUATED, FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
 from .engine.run_folder import check_unused, config_kept, newest_checkpoint
+from .engine.same_start import describe_data, shared_values
 from .engine.trainer import FGDTrainer
 from .errors import UserError
 from .files import atomic_write, check_output_dir
 from .processes.lock import folder_lock
-from .processes.together import on_main_process
+from .processes.together import check_alike, on_every_process, on_main_process
 from .trained_with import other_config
 from .visualize.hook import picture_hooks
 from .weights import load_complete, weights_sha256
 
 START = "start.json"  # of --starts-as
+# Options by which processes do different things one after the other.
+_MODES = ("eval_only", "resume", "overwrite", "doctor", "balance", "starts_as")
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +57,16 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
 
 def run(args: argparse.Namespace) -> int:
     """What each process of the job does; returns the exit code 0."""
-    cfg = load_checked_config(args)
-    check_output_dir(cfg.OUTPUT_DIR)
+    cfg = on_every_process(lambda: load_checked_config(args))
+    check_alike(lambda: {name: getattr(args, name) for name in _MODES} | shared_values(cfg))
+    on_every_process(lambda: check_output_dir(cfg.OUTPUT_DIR))
     if args.eval_only:
         return evaluate(prepare(cfg, args), resume=args.resume)
     if args.doctor:
         return doctor.examine_only(prepare(cfg, args))
     with folder_lock(cfg.OUTPUT_DIR), config_kept(cfg.OUTPUT_DIR) as accept:
         if not (args.resume or args.overwrite):
-            check_unused(cfg.OUTPUT_DIR)
+            on_every_process(lambda: check_unused(cfg.OUTPUT_DIR))
         prepared = prepare(cfg, args)
         if args.balance:
             prepared = doctor.apply_balance(prepared, cfg, resume=args.resume)
@@ -77,12 +81,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """`set_up`; then the config with registered datasets whose classes fit the model."""
-    set_up(cfg, args)
-    cfg = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    if not args.doctor:  # which says it beside everything else
-        check_class_count(cfg)
-    return cfg
+    """`set_up`; then the config with registered datasets whose classes fit the model.
+
+    All processes call it together, and an error of one is raised by all.
+    """
+
+    def registered() -> CfgNode:
+        set_up(cfg, args)
+        found = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+        if not args.doctor:  # which says it beside everything else
+            check_class_count(found)
+        return found
+
+    return on_every_process(registered)
 
 
 def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -184,12 +195,13 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> int:
     """
     path = cfg.MODEL.WEIGHTS
     if resume:
-        found = newest_checkpoint(cfg.OUTPUT_DIR)
+        found = on_every_process(lambda: newest_checkpoint(cfg.OUTPUT_DIR))
         path = found[0] if found else path
     if not path:
         raise UserError("--eval-only: name the checkpoint to evaluate with MODEL.WEIGHTS")
     model = build_model(checkpoint_config(cfg))
-    report = load_complete(model, path, what="model")
+    report = on_every_process(lambda: load_complete(model, path, what="model"))
+    check_alike(lambda: {"MODEL.WEIGHTS": weights_sha256(path), **describe_data(cfg)})
     logger.info(f"Evaluating {path}: {report.summary()}")
     said = other_config(path, report.config, cfg)
     if said:

@@ -13,12 +13,13 @@ from fgd.config import load_config
 from fgd.data.datasets import register_from_config
 from fgd.data.stream import build_train_stream
 from fgd.engine.trainer import FGDTrainer
-from fgd.errors import DivergedError, StoppedError
+from fgd.errors import DivergedError, StoppedError, UserError
 from fgd.methods.batch import Level
 from fgd.methods.fgd.method import FGD
 from fgd.methods.fgd.terms import Weights
 from fgd.methods.method import over_levels
 from fgd.processes import stop
+from fgd.processes.together import check_alike, on_every_process, on_main_process
 from tests.fgd.methods.batches import make_batch
 
 
@@ -176,4 +177,29 @@ def distil(folder: str) -> int:
     ten_steps(torch.nn.parallel.DistributedDataParallel(trained), share)
     result = {"gradients": gradients, "weights": trained.state_dict()}
     torch.save(result, Path(folder) / f"distilled{comm.get_rank()}.pth")
+    return 0
+
+
+def fail_apart(folder: str) -> int:
+    """Leaves {rank}.txt: how each of four stages ended in this process."""
+    rank = comm.get_rank()
+
+    def without_file():
+        if rank == 1:
+            raise UserError("rank 1 has no file")
+        on_main_process(lambda: on_main_process(lambda: 1))
+
+    stages = (
+        lambda: on_every_process(without_file),
+        lambda: on_every_process(lambda: on_main_process(lambda: 1) / (1 - rank)),
+        lambda: check_alike(lambda: {"LR": rank, "SEED": 3}),
+        lambda: on_main_process(lambda: rank),
+    )
+    lines = []
+    for stage in stages:
+        try:
+            lines.append(str(stage()))
+        except Exception as error:
+            lines.append(f"{type(error).__name__}: {error}")
+    Path(folder, f"{rank}.txt").write_text("\n".join(lines))
     return 0

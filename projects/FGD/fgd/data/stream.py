@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from typing import Callable, Deque, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from ..processes import rng
+from ..processes.together import on_main_process
 from .images import BadImage, ImageMapper
 from .second_images import with_second_images
 from .workers import check_timeout, supervise, supervised_batches
@@ -198,6 +200,12 @@ def training_records(cfg: CfgNode) -> List[dict]:
     )
 
 
+def _shared_seed() -> int:
+    """Detectron2's, by an exchange that also tells of errors of other processes."""
+    own = int(np.random.randint(2**31))
+    return on_main_process(lambda: own)
+
+
 def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream:
     """The stream of DATASETS.TRAIN under Detectron2's DATALOADER and INPUT keys.
 
@@ -225,7 +233,7 @@ def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream
         ImageMapper(cfg, True, plain=False),
         _sampler_maker(cfg, dicts),
         batch_size=batch_size,
-        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        seed=cfg.SEED if cfg.SEED >= 0 else _shared_seed(),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         most_bad=_most_bad(cfg),

@@ -25,6 +25,7 @@ from ..engine.checkpoint import student_of
 from ..engine.trainer import FGDTrainer
 from ..errors import UserError
 from ..processes import rng
+from ..processes.together import on_every_process
 from . import dataset, losses, scoring, teacher, wiring
 from .findings import FAULT, OK, WARNING, Finding, Report
 from .patient import Patient
@@ -66,7 +67,11 @@ def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Repo
     report, loaded = Report(), None
     # TorchScript rewrites a function after its first calls, with other rounding: not for us.
     with rng.preserved(), torch.jit.optimized_execution(False):
-        stream = patient.stream if patient else FGDTrainer.build_train_loader(cfg)
+        stream = (
+            patient.stream
+            if patient
+            else on_every_process(lambda: FGDTrainer.build_train_loader(cfg))
+        )
         if comm.is_main_process():
             student = patient.model if patient else None
             report.findings, loaded = _check_config(cfg, stream.dicts, student)

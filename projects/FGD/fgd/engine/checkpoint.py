@@ -38,7 +38,7 @@ from ..distillation.teacher import describe_teacher
 from ..errors import UserError
 from ..files import atomic_write, save_sealed
 from ..processes import rng
-from ..processes.together import on_main_process
+from ..processes.together import on_every_process, on_main_process
 from ..weights import read_weights
 from . import run_folder
 from .config_change import check_changes
@@ -185,7 +185,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
         path = on_main_process(choose)
         if not path:
             return None
-        return self.resume(path, data, allow_changes=allow_changes)
+        return on_every_process(lambda: self.resume(path, data, allow_changes=allow_changes))
 
     def resume(
         self, path: str, data: Optional[dict] = None, *, allow_changes: bool = False

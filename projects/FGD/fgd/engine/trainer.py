@@ -24,13 +24,14 @@ from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
 from ..processes import rng
 from ..processes.stop import StopBetweenSteps
-from ..processes.together import on_main_process
+from ..processes.together import check_alike, on_every_process, on_main_process
 from ..weights import load_complete, weights_sha256
 from . import evaluation, run_folder, solver
 from .adaptive import adaptive_hooks
 from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals
+from .same_start import describe_start
 from .step import AMPStep, RunningStatistics, SimpleStep
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,8 @@ class FGDTrainer(DefaultTrainer):
         logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
         if comm.is_main_process():
             remove_stale_temporaries(cfg.OUTPUT_DIR)
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        self.stream = self.build_train_loader(cfg)
+        model, optimizer, self.stream, header = on_every_process(lambda: self._parts(cfg))
+        check_alike(lambda: describe_start(cfg, header))
         step = AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep
         self._trainer = step(compat.wrap_ddp(model), self.stream, optimizer)
         self._statistics = RunningStatistics(model)
@@ -74,7 +74,7 @@ class FGDTrainer(DefaultTrainer):
         self.checkpointer = TrainingCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            header=describe_run(cfg),
+            header=header,
             trainer=weakref.proxy(self),
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
         )
@@ -83,6 +83,12 @@ class FGDTrainer(DefaultTrainer):
         self.cfg, self.extra_hooks = cfg, extra_hooks
         self.register_hooks(self.build_hooks())
         logger.info(describe_distillation(model))
+
+    def _parts(self, cfg: CfgNode) -> tuple:
+        """All that can fail in one process alone: files are read, on each machine its own."""
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        return model, optimizer, self.build_train_loader(cfg), describe_run(cfg)
 
     def resume_or_load(
         self, resume: bool = True, *, allow_changes: bool = False, overwrite: bool = False
@@ -114,7 +120,7 @@ class FGDTrainer(DefaultTrainer):
         elif overwrite:
             on_main_process(lambda: run_folder.delete_run(folder))
         on_main_process(lambda: run_folder.check_unused(folder))
-        load_student_weights(self.model, self.cfg.MODEL.WEIGHTS)
+        on_every_process(lambda: load_student_weights(self.model, self.cfg.MODEL.WEIGHTS))
         if hasattr(compat.unwrap(self.model), "inherit_from_teacher"):
             compat.unwrap(self.model).inherit_from_teacher()
 

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from .. import compat
 from ..errors import UserError
 from . import stop
+from .together import OtherProcessError
 
 TIMEOUT = 1800.0  # seconds that a process waits for the others
 GRACE = 3.0  # seconds that the others have to end by themselves after the first error
@@ -148,6 +149,7 @@ def _end(processes: list) -> None:
 
 def _cause(codes: list, reports: List[_Report], silent: List[int]) -> WorkerError:
     """What happened first, out of errors, deaths and silences of which one brings the next."""
+    reports = sorted(reports, key=lambda r: OtherProcessError.__name__ in r.details)
     known = [r for r in reports if r.exit_code != 1]
     dead = [i for i, code in enumerate(codes) if code is not None and code < 0]
     hint = f"; process {', '.join(map(str, silent))} did not answer (stack above)" if silent else ""

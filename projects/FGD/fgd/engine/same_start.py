@@ -1,0 +1,74 @@
+"""What processes must have been started with alike, on whatever machines they run."""
+
+import hashlib
+import os
+from typing import Dict, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import load_config
+from ..weights import weights_sha256
+from ..yaml_config import leaves
+
+# Where a machine has its files, and how many workers read them. The content is compared instead.
+_OWN = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.DISTILLER.TEACHER.WEIGHTS",
+    "MODEL.DISTILLER.TEACHER.CONFIG_FILE",
+    "DATASETS.JSON.TRAIN",
+    "DATASETS.JSON.TEST",
+    "DATASETS.JSON.TRAIN_IMAGES",
+    "DATASETS.JSON.TEST_IMAGES",
+    "DATASETS.TRAIN_SECOND_IMAGES",
+    "DATASETS.SHAPES.ROOT",
+    "DATALOADER.NUM_WORKERS",
+)
+
+
+def shared_values(cfg: CfgNode) -> Dict[str, str]:
+    """Key → value of a config as the user gave it, without the places of files."""
+    return {key: str(value) for key, value in leaves(cfg) if key not in _OWN}
+
+
+def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
+    """Digests of what a training reads.
+
+    Args:
+        cfg: with registered datasets.  header: what `describe_run` says of the run.
+    Raises:
+        UserError: the teacher's config cannot be read.
+    """
+    facts = {"the classes": str(header["classes"]), **describe_data(cfg)}
+    facts["the teacher's file"] = (header["teacher"] or {}).get("sha256", "none")[:8]
+    teacher_config = cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE
+    if header["teacher"] and teacher_config:
+        text = load_config(teacher_config).dump()
+        facts["the teacher's config"] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    if cfg.MODEL.WEIGHTS:
+        facts["MODEL.WEIGHTS"] = weights_sha256(cfg.MODEL.WEIGHTS)[:8]
+    return facts
+
+
+def describe_data(cfg: CfgNode) -> Dict[str, str]:
+    """A digest of each registered dataset of the config: annotations, and names of images."""
+    return {
+        f"the data of DATASETS.{split}": _digest(cfg.DATASETS[split]) for split in ("TRAIN", "TEST")
+    }
+
+
+def _digest(names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        if name not in DatasetCatalog.list():
+            continue
+        found = MetadataCatalog.get(name).get("coco_file")
+        path = found.path if found else MetadataCatalog.get(name).get("json_file") or ""
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                digest.update(file.read())
+        else:
+            records = DatasetCatalog.get(name)
+            digest.update("\n".join(os.path.basename(x["file_name"]) for x in records).encode())
+    return digest.hexdigest()[:8]
