@@ -17,10 +17,12 @@ from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
 from fgd.config import checkpoint_config, load_config, load_config_text
 from fgd.data.checks import NUM_CLASSES_KEYS
+from fgd.data.settings import check_images
 from fgd.trained_with import other_config
 from fgd.weights import load_complete, read_weights
 from fgd.yaml_config import leaves
 
+INPUT_FORMATS = ("BGR", "RGB")
 _KEPT = ("model", "config", "classes", "format")
 
 
@@ -113,6 +115,7 @@ def _inference_config(
             f"{source}: MODEL.META_ARCHITECTURE {architecture!r} cannot be exported; "
             f"supported: {supported()}"
         )
+    _check_exportable(cfg, source)
     cfg.MODEL.DEVICE = "cpu"
     if score_threshold is not None:
         if not 0 <= score_threshold < 1:
@@ -127,6 +130,21 @@ def _inference_config(
             raise UserError(f"--proposals {proposals} is too small")
         cfg.MODEL.RPN.POST_NMS_TOPK_TEST = proposals
     return cfg
+
+
+def _check_exportable(cfg: CfgNode, source: str) -> None:
+    """UserError for settings that training takes and a graph cannot have."""
+    check_images(cfg)
+    if cfg.INPUT.FORMAT not in INPUT_FORMATS:
+        raise UserError(
+            f"{source}: INPUT.FORMAT {cfg.INPUT.FORMAT} cannot be exported: graphs take images of "
+            f"three colours, {' or '.join(INPUT_FORMATS)}"
+        )
+    if cfg.TEST.DETECTIONS_PER_IMAGE < 1:
+        raise UserError(
+            f"{source}: TEST.DETECTIONS_PER_IMAGE {cfg.TEST.DETECTIONS_PER_IMAGE} (all) cannot be "
+            "exported: a graph has room for a fixed number. Give one with --config-file"
+        )
 
 
 def _build(cfg: CfgNode, source: str) -> nn.Module:

@@ -130,3 +130,14 @@ def test_a_config_file_is_compared_with_that_of_the_training(student, tmp_path, 
     other.INPUT.FORMAT = "RGB"
     (tmp_path / "rgb.yaml").write_text(other.dump())
     refused(path, r"INPUT.FORMAT 'RGB' \(trained with 'BGR'\)", config_file=tmp_path / "rgb.yaml")
+
+
+def test_a_grey_detector_and_an_open_number_of_detections_are_refused_by_name(tmp_path):
+    cfg = toy_cfg("GeneralizedRCNN")
+    model = build_model(cfg)
+    cfg.TEST.DETECTIONS_PER_IMAGE = -1
+    path = save_checkpoint(model, cfg, tmp_path / "a.pth")
+    refused(path, r"TEST.DETECTIONS_PER_IMAGE -1 \(all\) cannot be exported: .* --config-file")
+    cfg.INPUT.FORMAT = "L"
+    path = save_checkpoint(model, cfg, tmp_path / "b.pth")
+    refused(path, r"key 'config'\): INPUT.FORMAT L cannot be exported: .* BGR or RGB")

@@ -17,6 +17,7 @@ from .config import check_config, check_device, checkpoint_config, load_config
 from .data.checks import check_class_count, class_names, matched_by_name
 from .data.contents import describe_sets, registered_set, shared_images
 from .data.datasets import register_from_config
+from .data.settings import check_images, check_sets
 from .doctor import command as doctor
 from .engine.evaluation import check_same_ap
 from .engine.results import EVALUATED, FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
@@ -49,6 +50,7 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
         raise UserError("--starts-as belongs to a training")
     cfg = load_config(args.config_file, args.opts or ())
     check_device(cfg.MODEL.DEVICE)
+    check_images(cfg)
     if not args.eval_only:
         check_config(cfg)
     cfg.freeze()
@@ -88,6 +90,7 @@ def prepare(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
 
     def registered() -> CfgNode:
         set_up(cfg, args)
+        check_sets(cfg, training=not args.eval_only)
         found = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
         if not args.doctor:  # which says it beside everything else
             check_class_count(found)
