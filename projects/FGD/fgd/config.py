@@ -1,5 +1,6 @@
 """How configs are read and checked. Rooms hand in their keys: `fgd/__init__.py` lists them."""
 
+import math
 import os
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
@@ -129,7 +130,8 @@ def _check_values(cfg: CfgNode) -> None:
     for key, value in leaves(cfg):
         default, items = defaults.get(key), list(_items(value))
         for item in items:
-            if type(item) in (int, float) and not abs(item) < 2**63:
+            most = {int: 2**63, float: math.inf}.get(type(item))
+            if most is not None and not abs(item) < most:
                 raise UserError(f"{key}: {shown(item)} is no number to calculate with")
         if default is None or key in SEVERAL_TYPES:  # it may be anything
             continue
