@@ -45,7 +45,9 @@ def _is_teacher(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_text, [*value, *value.values()])))
+    return value is None or (
+        isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+    )
 
 
 def _is_iteration(value: Any) -> bool:

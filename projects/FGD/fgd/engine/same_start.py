@@ -1,13 +1,13 @@
 """What processes must have been started with alike, on whatever machines they run."""
 
 import hashlib
-import os
 from typing import Dict, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from ..config import load_config
+from ..data.contents import describe_sets, registered_set
 from ..weights import weights_sha256
 from ..yaml_config import leaves
 
@@ -52,23 +52,13 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
 
 
 def describe_data(cfg: CfgNode) -> Dict[str, str]:
-    """A digest of each registered dataset of the config: annotations, and names of images."""
+    """Digests of the registered datasets of the config, see `fgd.data.contents.describe_sets`."""
     return {
         f"the data of DATASETS.{split}": _digest(cfg.DATASETS[split]) for split in ("TRAIN", "TEST")
     }
 
 
 def _digest(names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        if name not in DatasetCatalog.list():
-            continue
-        found = MetadataCatalog.get(name).get("coco_file")
-        path = found.path if found else MetadataCatalog.get(name).get("json_file") or ""
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                digest.update(file.read())
-        else:
-            records = DatasetCatalog.get(name)
-            digest.update("\n".join(os.path.basename(x["file_name"]) for x in records).encode())
-    return digest.hexdigest()[:8]
+    sets = [registered_set(name) for name in names if name in DatasetCatalog.list()]
+    facts = describe_sets(sets)
+    return hashlib.sha256(f"{facts['annotations']} {facts['images']}".encode()).hexdigest()[:8]
