@@ -62,6 +62,15 @@ def detections(outputs: Dict[str, np.ndarray], image: int) -> Found:
 
 def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpec) -> List[str]:
     """What of the graph contract (`ModelSpec`) these outputs break; [] when all is well."""
+    return broken_shapes(outputs, batch, spec) or [
+        f"image {i} of {batch.image_sizes[i]}: {text}"
+        for i in range(len(batch.images))
+        for text in _broken_rows(outputs, i, batch.image_sizes[i], spec)
+    ]
+
+
+def broken_shapes(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpec) -> List[str]:
+    """The part of `broken_promises` without which the rows cannot be read."""
     size, k = len(batch.images), spec.max_detections
     promised = {
         "num_dets": (np.int32, (size, 1)),
@@ -78,11 +87,8 @@ def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpe
         for name, (dtype, shape) in promised.items()
         if outputs[name].dtype != dtype or outputs[name].shape != shape
     ]
-    return broken or [
-        f"image {i} of {batch.image_sizes[i]}: {text}"
-        for i in range(size)
-        for text in _broken_rows(outputs, i, batch.image_sizes[i], spec)
-    ]
+    counts = [] if broken else outputs["num_dets"][:, 0].tolist()
+    return broken + [f"{count} detections, not 0..{k}" for count in counts if not 0 <= count <= k]
 
 
 def _broken_rows(outputs, image: int, size: np.ndarray, spec: ModelSpec) -> List[str]:

@@ -10,6 +10,7 @@ from deploy.checks.graph_under_test import (
     GraphUnderTest,
     broken_by_nan,
     broken_promises,
+    broken_shapes,
     broken_target,
     detections,
 )
@@ -17,6 +18,7 @@ from deploy.checks.matching import Decisions
 from deploy.checks.oracle import RawJudge, as_tensors, detectron2_detections, score_threshold
 from deploy.checks.verify_images import Batch, verification_batches
 from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
+from deploy.errors import ParityError
 from deploy.graphs import exportable, exportable_class
 from deploy.graphs.nms_rounds import Rounds
 from deploy.spec import ModelSpec, fills
@@ -76,6 +78,9 @@ def compare(
     with score_threshold(model, exportable_class(model).threshold_path, threshold):
         for batch in batches:
             outputs, raw = graph.run(batch)
+            broken = broken_shapes(outputs, batch, spec)
+            if broken:
+                raise ParityError(f"{graph.name} gives what it never should: {broken[0]}")
             cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
             for i, expected in enumerate(detectron2_detections(model, batch)):
                 lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])

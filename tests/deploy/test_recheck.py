@@ -234,7 +234,7 @@ def test_a_sidecar_of_another_file_or_edited_is_found(recheck, exported, tmp_pat
     result = recheck("RetinaNet", path=tmp_path / "model.onnx")
     assert result.found[0].startswith("model.json, against the file: classes is ['cat'")
     (tmp_path / "model.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read model spec"):
+    with pytest.raises(UserError, match="model spec .*model.json is not JSON"):
         recheck("RetinaNet", path=tmp_path / "model.onnx")
 
 
@@ -257,5 +257,5 @@ def test_weights_in_other_files_are_refused(exported, tmp_path):
     onnx.save(model, path, save_as_external_data=True, location="model.data", size_threshold=0)
     with pytest.raises(UserError, match="keeps weights in other files"):
         read_graph(path)
-    with pytest.raises(UserError, match="cannot load .*model.onnx"):
+    with pytest.raises(UserError, match="keeps weights in other files"):
         OrtDetector(path)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 import deploy.verify
 from deploy.checks.recheck import Reference
@@ -119,3 +121,66 @@ def test_bad_input_ends_with_one_line(
     assert main([*paths, *options.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def replaced(model, output, node_type, inputs, **attributes):
+    """The graph with one output made by another node."""
+    for node in model.graph.node:
+        for i, name in enumerate(node.output):
+            node.output[i] = "real_" + name if name == output else name
+        for i, name in enumerate(node.input):
+            node.input[i] = "real_" + name if name == output else name
+    for name, value in inputs.items():
+        if value is not None:
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+    model.graph.node.append(helper.make_node(node_type, list(inputs), [output], **attributes))
+
+
+def endless_loop():
+    """The body of a Loop that goes on."""
+    tensors = ("round", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("kept", 1, None)
+    nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Abs", ["kept"], ["x"])]
+    outputs = ("on", TensorProto.BOOL, []), ("x", 1, None)
+    values = [[helper.make_tensor_value_info(*t) for t in some] for some in (tensors, outputs)]
+    return helper.make_graph(nodes, "body", *values)
+
+
+HOSTILE = {
+    "num_dets": ("Mul", {"real_num_dets": None, "many": np.array(-1000, np.int32)}, {}),
+    "scores": ("Mul", {"real_scores": None, "many": np.array(50, np.float32)}, {}),
+    "labels": ("Add", {"real_labels": None, "many": np.array(99, np.int32)}, {}),
+    "boxes": ("Mul", {"real_boxes": None, "many": np.array(np.nan, np.float32)}, {}),
+    "boxes loop": (
+        "Loop",
+        {"rounds": np.array(2**62), "": None, "real_boxes": None},
+        {"body": endless_loop()},
+    ),
+    "labels less": (
+        "Slice",
+        {"real_labels": None, "from": np.array([0]), "to": np.array([2]), "axis": np.array([1])},
+        {},
+    ),
+}
+
+
+MESSAGES = {
+    "num_dets": "model.onnx gives what it never should: -",
+    "scores": "1 initializers in the graph, but not the checkpoint's: many",
+    "labels": "1 initializers in the graph, but not the checkpoint's: many",
+    "boxes": "1 initializers in the graph, but not the checkpoint's: many",
+    "boxes loop": "the graph node by node ran for more than 2 s and was ended (--time-limit)",
+    "labels less": "model.onnx gives what it never should: labels is int32 (1, 2), not int32 (1, ",
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_impossible_answers_are_one_line(fault, exported, converted, tmp_path, capsys):
+    made, path = exported("RetinaNet"), tmp_path / "model.onnx"
+    model = onnx.load(made.path)
+    node_type, inputs, attributes = HOSTILE[fault]
+    replaced(model, fault.split()[0], node_type, inputs, **attributes)
+    onnx.save(model, path)
+    assert main([str(path), str(made.checkpoint), "--time-limit", "2"]) in (2, 4)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert MESSAGES[fault] in error
