@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from deploy.coco_data import CocoData
-from deploy.errors import UserError
 from deploy.files import write_json
 from fgd_inputs.coco import read_coco
+from fgd_inputs.file_names import find_entries
 
 
 class CocoIds:
@@ -27,6 +27,7 @@ class CocoIds:
         self, files: Sequence[Path], classes: Sequence[str], annotations: Optional[str] = None
     ):
         self.files, self.classes = [str(file) for file in files], list(classes)
+        self.notes: List[str] = []  # what of the JSON was read otherwise than it stands
         self.own = annotations is None
         if self.own:
             self.images = {file: i for i, file in enumerate(self.files, 1)}
@@ -35,7 +36,10 @@ class CocoIds:
             found = read_coco(annotations, annotated=False, files=False)
             data = CocoData(annotations, found.images, found.truth())
             self.categories = data.category_ids(self.classes)
-            self.images = _image_ids(files, found.images, annotations)
+            names = [image["file_name"] for image in found.images]
+            entries, note = find_entries(annotations, names, self.files)
+            self.images = {f: found.images[i]["id"] for f, i in zip(self.files, entries)}
+            self.notes = [*found.notes, *([note] if note else [])]
 
     def write(self, output: Path, images: Sequence[Dict[str, Any]]) -> None:
         """coco_results.json, and coco_images.json if no dataset says what the ids are."""
@@ -81,17 +85,3 @@ class CocoIds:
             ],
             "annotations": [],
         }
-
-
-def _image_ids(files: Sequence[Path], records: Sequence[Dict], source: str) -> Dict[str, Any]:
-    by_name: Dict[str, List[Dict]] = {}
-    for record in records:
-        by_name.setdefault(record["file_name"].split("/")[-1], []).append(record)
-    ids = {}
-    for file in files:
-        path = "/" + file.absolute().as_posix().lstrip("/")
-        found = [r for r in by_name.get(file.name, ()) if path.endswith("/" + r["file_name"])]
-        if len(found) != 1:
-            raise UserError(f"{file} is {len(found)} times among the images of {source}, not once")
-        ids[str(file)] = found[0]["id"]
-    return ids

@@ -250,6 +250,21 @@ def test_ids_of_annotations_do_not_matter(tmp_path):
     assert read(tmp_path, coco).dropped[0]["annotation"] == 0  # its place
 
 
+def test_references_are_read_as_the_ids_are(tmp_path):
+    coco = coco_dict()
+    for entry, own in zip(coco["annotations"], ("10", "20.0", "x"), strict=True):
+        entry["image_id"] = own
+    coco["categories"] = [{"id": own, "name": f"c{own}"} for own in ("10", "2", "1")]
+    found = read(tmp_path, coco)
+    assert found.category_ids == ["1", "2", "10"]  # counted, not spelt
+    assert [(a["image_id"], a["category_id"]) for a in found.annotations] == [(10, "1")]
+    assert found.dropped_text() == "2 boxes dropped (2 of an absent image)"
+    assert found.notes == [
+        "1 references in image_id are read as a number, as the ids are",
+        "3 references in category_id are read as a text, as the ids are",
+    ]
+
+
 def test_ids_may_be_texts_throughout_and_whole_floats(tmp_path):
     coco = coco_dict()
     for image in coco["images"]:
@@ -361,7 +376,7 @@ def test_other_texts_are_no_counts(text):
     [
         (None, "has no segmentation, but masks are wanted for every box"),
         ([], "has no segmentation"),
-        (POLYGON, "expected polygons [[x, y"),
+        ([POLYGON, 5], "expected polygons [[x, y"),
         ("4 6 24 6", "expected polygons"),
         (5, "expected polygons"),
         ([[4, 6, "24", 6, 4, 16]], "something else than finite numbers"),

@@ -6,7 +6,7 @@ import pytest
 
 from fgd_inputs.coco import read_coco
 from fgd_inputs.errors import UserError
-from fgd_inputs.file_names import image_folder
+from fgd_inputs.file_names import find_entries, image_folder
 
 from .coco_files import coco_dict, write_coco
 
@@ -64,11 +64,45 @@ def test_a_real_file_is_never_read_otherwise(tmp_path):
 
 
 def test_images_that_are_nowhere_are_named_with_what_to_set(tmp_path):
-    path = renamed(tmp_path, lambda name: f"photos/{name}")
-    with pytest.raises(UserError, match=r"image 'photos/0.png' .* is not in .*images; set IT"):
+    path = renamed(tmp_path, lambda name: f"photos/a{name}")
+    with pytest.raises(UserError, match=r"image 'photos/a0.png' .* is not in .*images; set IT"):
         read_coco(path, hint="set IT")
     with pytest.raises(UserError, match="image folder .*nowhere.* does not exist; name the folder"):
         read_coco(path, str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="gone.json does not exist"):
         read_coco(str(tmp_path / "gone.json"))
     assert len(read_coco(path, files=False).images) == 3
+
+
+def test_images_beside_the_json_come_before_those_one_folder_up(tmp_path):
+    path = write_coco(tmp_path / "train", coco_dict())
+    (tmp_path / "train" / "images").rename(tmp_path / "images")
+    assert image_folder(path) == str(tmp_path / "images")
+    (tmp_path / "train" / "0.PNG").touch()
+    assert image_folder(path) == str(tmp_path / "train")
+
+
+def test_last_parts_of_names_are_taken_where_they_differ(tmp_path):
+    path = renamed(tmp_path, lambda name: f"https://a.org/x%20y/{name}?token=1/2")
+    found = read_coco(path)
+    assert found.images[2]["file"] == str(tmp_path / "images" / "2.png")
+    assert found.notes == ["file names are read without their folders"]
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["images"][1]["file_name"] = "b/0.png"
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="'https://a.org/x%20y/0.png.token=1/2' .* is not in"):
+        read_coco(path)
+
+
+def test_an_image_belongs_to_the_entry_that_its_path_ends_in():
+    names = ["a/0.png", "b/0.png", "b\\1.png"]
+    assert find_entries("x.json", names, ["/d/b/0.png", "/d/a/0.png"]) == ([1, 0], "")
+    note = "file names are read with / for \\"
+    assert find_entries("x.json", names, ["/d/b/1.png"]) == ([2], note)
+    note = "file names are read without their folders"
+    assert find_entries("x.json", ["C:\\my%20d\\1.png"], ["/d/1.png"]) == ([0], note)
+    for file, count in (("/d/0.png", 0), ("/d/c/a/0.png.bak", 0)):
+        with pytest.raises(UserError, match=f"{file} is {count} times among the images of x.json"):
+            find_entries("x.json", names, [file])
+    with pytest.raises(UserError, match="/d/0.png is 2 times"):
+        find_entries("x.json", ["0.png", "d/0.png"], ["/d/0.png"])

@@ -65,3 +65,16 @@ def test_few_boxes_say_nothing(tmp_path):
     boxes = drawn()
     boxes[0] = [50, 40, 40, 40]  # one box beyond its image is common
     assert warnings(tmp_path, boxes) == []
+
+
+@pytest.mark.parametrize(
+    "crowds, told", [(0, False), (4, False), (5, True), (19, True), (20, False)]
+)
+def test_many_crowd_regions_are_told(crowds, told, tmp_path):
+    """As CVAT marks painted masks; if all are, evaluation and training refuse them."""
+    coco = coco_dict(images=20)
+    for entry in coco["annotations"][:crowds]:
+        entry["iscrowd"] = 1
+    found = read_coco(write_coco(tmp_path, coco)).warnings
+    text = f"{crowds} of 20 boxes are crowd regions (iscrowd 1), which are neither trained on nor"
+    assert [x.startswith(text) for x in found] == [True] * told

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Sequence
 
-from .coco_entries import read_annotations
+from .coco_entries import as_id, read_annotations, read_id
 from .coco_masks import BITMASK, states_mask
 from .coco_suspicion import suspicions
 from .errors import UserError
@@ -19,6 +19,7 @@ from .json_file import number, read_json, shown, whole
 _WHAT = "dataset JSON"
 _HINT = "name the folder of the images"
 MAX_SIDE = 10**6  # pixels
+_BACKGROUND = ("_background_", "__background__")
 
 
 @dataclass
@@ -129,7 +130,7 @@ def read_coco(
         if not content[key]:
             raise UserError(f"{_WHAT} {path}: the list {key!r} is empty")
     found = CocoFile(path, _images(path, content["images"]), [])
-    entries = content["annotations"] if annotated else []
+    entries = content.get("annotations") or []
     _read_categories(found, content["categories"], entries)
     if files:
         _find_files(found, image_folder(path, images), hint)
@@ -184,13 +185,9 @@ def _entries(path: str, key: str, values: Sequence[Any]) -> List[dict]:
         if own in seen:
             raise UserError(f"{_WHAT} {path}: id {shown(own)} occurs twice in {key!r}")
         seen.add(own)
-    order = sorted(range(len(ids)), key=lambda i: ids[i])
+    counted = all(isinstance(own, str) and own.isdecimal() and len(own) < 19 for own in ids)
+    order = sorted(range(len(ids)), key=lambda i: int(ids[i]) if counted else ids[i])
     return [{**values[i], "id": ids[i]} for i in order]
-
-
-def read_id(value: Any) -> Any:
-    """An id as an int or a text; None if it is neither."""
-    return value if isinstance(value, str) else whole(value)
 
 
 def _images(path: str, values: Sequence[Any]) -> List[Dict[str, Any]]:
@@ -213,10 +210,10 @@ def _images(path: str, values: Sequence[Any]) -> List[Dict[str, Any]]:
     return images
 
 
-def _read_categories(found: CocoFile, values: Sequence[Any], annotations: Sequence[Any]) -> None:
-    """Fill in classes; a heading that stands above all others and is never used is none."""
+def _read_categories(found: CocoFile, values: Sequence[Any], annotations: Any) -> None:
+    """Fill in classes; a category that no box has, and that tools add by themselves, is none."""
     entries = _entries(found.path, "categories", values)
-    entries = _without_heading(found, entries, annotations)
+    entries = _without_headings(found, entries, annotations)
     names: Dict[str, Any] = {}
     for entry in entries:
         where = f"{_WHAT} {found.path}: category {shown(entry['id'])}"
@@ -237,24 +234,26 @@ def _read_categories(found: CocoFile, values: Sequence[Any], annotations: Sequen
     found.notes = list(dict.fromkeys(found.notes))
 
 
-def _without_heading(
-    found: CocoFile, entries: List[dict], annotations: Sequence[Any]
-) -> List[dict]:
-    """Without Roboflow's root: the supercategory of all others, which no box belongs to."""
-    used = {
-        read_id(x["category_id"])
-        for x in annotations
-        if isinstance(x, dict) and isinstance(x.get("category_id"), (int, float, str))
-    }
+def _without_headings(found: CocoFile, entries: List[dict], annotations: Any) -> List[dict]:
+    """Without Roboflow's root, the supercategory of all others, and without labelme's background.
+
+    Only where no box belongs to them, and something else is left.
+    """
+    ids = {entry["id"] for entry in entries}
+    boxes = annotations if isinstance(annotations, list) else []
+    used = {as_id(x.get("category_id"), ids) for x in boxes if isinstance(x, dict)}
     for entry in entries:
+        name = entry.get("name")
         others = [x for x in entries if x is not entry]
-        if entry["id"] in used or not others or not isinstance(entry.get("name"), str):
+        if entry["id"] in used or not others or not isinstance(name, str):
             continue
         on_top = entry.get("supercategory") in (None, "", "none")
-        if on_top and all(x.get("supercategory") == entry["name"] for x in others):
-            found.notes.append(
-                f"category {shown(entry['id'])} {shown(entry['name'])} is a heading above the "
-                "others, and no class"
-            )
-            return others
+        if on_top and all(x.get("supercategory") == name for x in others):
+            kind = "a heading above the others"
+        elif name in _BACKGROUND:
+            kind = "the background"
+        else:
+            continue
+        found.notes.append(f"category {shown(entry['id'])} {shown(name)} is {kind}, and no class")
+        return others
     return entries

@@ -1,15 +1,32 @@
 """The annotations of a COCO JSON: each field read, or refused by name."""
 
 import math
+import re
 from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from . import coco_masks
 from .errors import UserError
 from .json_file import number, shown, whole
 
 _COMPARED = 1000  # boxes that are held against their polygons
+_DIGITS = re.compile(r"-?[0-9]{1,18}")
 _FLAGS = {None: 0, "0": 0, "1": 1, "": 0}  # of iscrowd and ignore, beside 0, 1, true and false
+
+
+def read_id(value: Any) -> Any:
+    """An id as an int or a text; None if it is neither."""
+    return value if isinstance(value, str) else whole(value)
+
+
+def as_id(value: Any, ids: Collection[Any]) -> Any:
+    """The one of ``ids`` that a reference means; VIA refers to image 0 as "0". Else `read_id`."""
+    read = read_id(value)
+    if isinstance(read, str) and _DIGITS.fullmatch(read):
+        other: Any = int(read)
+    else:
+        other = None if read is None else str(read)
+    return other if read not in ids and other in ids else read
 
 
 def bad_box(box: Sequence[float], height: float, width: float) -> Optional[str]:
@@ -71,12 +88,15 @@ class _Reader:
         own = _id(entry)
         if own is not None:
             where = f"dataset JSON {self.found.path}: annotation {shown(own)}"
-        image = self._image(where, entry)
-        category = self._reference(where, entry, "category_id")
+        entry = self._usual(entry)
+        image = self.images.get(self._reference(where, entry, "image_id", self.images))
+        category = self._reference(where, entry, "category_id", self.categories)
         if category not in self.categories:
             raise UserError(f"{where} has category_id {shown(category)}, not in 'categories'")
         box, reason = self._box(where, entry), "of an absent image"
-        if image is not None:
+        if box is None:
+            reason = "points alone"
+        elif image is not None:
             reason = bad_box(box, image["height"], image["width"])
         crowd = self._flag(where, entry, "iscrowd") or self._ignored(where, entry)
         mask = None
@@ -109,33 +129,48 @@ class _Reader:
             polygons = self._polygons(entry)
             self.extents += [(box, coco_masks.extent(polygons))] if polygons else []
 
-    def _reference(self, where: str, entry: dict, key: str) -> Any:
+    def _usual(self, entry: dict) -> dict:
+        """With a polygon that is one flat list, as some tools write it, in a list of polygons."""
+        value = entry.get("segmentation")
+        if not isinstance(value, list) or not value or number(value[0]) is None:
+            return entry
+        self.counts["segmentations of one flat list are read as one polygon"] += 1
+        return {**entry, "segmentation": [value]}
+
+    def _reference(self, where: str, entry: dict, key: str, ids: Collection[Any]) -> Any:
         if key not in entry:
             raise UserError(f"{where} has no {key!r}")
         value = entry[key]
-        read = value if isinstance(value, str) else whole(value)
+        read = as_id(value, ids)
         if read is None:
             raise UserError(f"{where} has {key} {shown(value)}; expected an id")
+        if isinstance(read, str) != isinstance(value, str):
+            kind = "a text" if isinstance(read, str) else "a number"
+            self.counts[f"references in {key} are read as {kind}, as the ids are"] += 1
         return read
 
-    def _image(self, where: str, entry: dict) -> Optional[dict]:
-        return self.images.get(self._reference(where, entry, "image_id"))
-
-    def _box(self, where: str, entry: dict) -> List[float]:
+    def _box(self, where: str, entry: dict) -> Optional[List[float]]:
+        """x, y, width, height; None where the annotation consists of keypoints."""
         box = entry.get("bbox")
         if box is None or box == []:
             polygons = self._polygons(entry)
-            if polygons is None:
-                stated = "no 'bbox'" if "bbox" not in entry else f"bbox {shown(box)}"
-                raise UserError(f"{where} has {stated}; expected four numbers x, y, width, height")
-            self.counts["annotations without a box get that of their polygons"] += 1
-            return coco_masks.extent(polygons)
+            if polygons is not None:
+                self.counts["annotations without a box get that of their polygons"] += 1
+                return coco_masks.extent(polygons)
+            if entry.get("keypoints") and entry.get("segmentation") in (None, [], [[]]):
+                return None
         read = [number(v) for v in box] if isinstance(box, list) else []
         if len(read) != 4 or None in read:
-            raise UserError(
-                f"{where} has bbox {shown(box)}; expected four numbers x, y, width, height"
-            )
+            stated = f"bbox {shown(box)}" if "bbox" in entry else "no 'bbox'"
+            raise UserError(f"{where} has {stated}; expected four numbers x, y, width, height")
+        self._note_rotation(entry)
         return read
+
+    def _note_rotation(self, entry: dict) -> None:
+        """CVAT writes a turned rectangle as it lay before, and the angle beside it."""
+        attributes = entry.get("attributes")
+        if isinstance(attributes, dict) and number(attributes.get("rotation")):
+            self.counts["boxes have an attribute rotation, but are read as not turned"] += 1
 
     def _polygons(self, entry: dict) -> Optional[list]:
         """Those of an annotation, also where masks are not wanted; None without usable ones."""

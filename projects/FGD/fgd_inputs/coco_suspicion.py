@@ -1,4 +1,4 @@
-"""Boxes that can be read and are probably meant otherwise: corners, or shares of the image."""
+"""Boxes that are probably meant otherwise: corners, shares of the image, painted masks."""
 
 from typing import List, Sequence
 
@@ -7,6 +7,7 @@ from .coco_entries import bad_box
 _FEW = 5  # boxes: fewer say nothing
 _BEYOND = 0.2  # share of boxes that reach beyond their image as they stand
 _NEARLY_ALL = 0.95
+_MANY = 0.2  # share of crowd regions
 _PIXEL = 1.0
 
 
@@ -21,7 +22,7 @@ def suspicions(found, extents: Sequence[tuple]) -> List[str]:
     dropped = sum(entry["reason"] in ("zero area", "outside") for entry in found.dropped)
     if len(boxes) + dropped < _FEW:
         return []
-    checks = (_under_a_pixel(boxes), _corners(boxes), _other_polygons(extents))
+    checks = (_under_a_pixel(boxes), _corners(boxes), _other_polygons(extents), _crowds(found))
     return [text for text in checks if text]
 
 
@@ -64,6 +65,17 @@ def _other_polygons(extents: Sequence[tuple]) -> str:
     return (
         f"{as_corners} of {len(extents)} boxes are the corners x1, y1, x2, y2 of their own "
         "polygons; COCO has x, y, width, height"
+    )
+
+
+def _crowds(found) -> str:
+    """CVAT and Datumaro mark every painted mask so. Of COCO's own boxes one in a hundred is."""
+    count = len(found.annotations)
+    if not _MANY * count < found.crowds < count:
+        return ""
+    return (
+        f"{found.crowds} of {count} boxes are crowd regions (iscrowd 1), which are neither trained "
+        "on nor counted; some tools write iscrowd 1 for every painted mask"
     )
 
 

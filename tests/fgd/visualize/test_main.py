@@ -117,7 +117,7 @@ def test_an_image_has_exactly_one_entry(tmp_path):
     (record,) = find_records(str(path), ["photos/b.png"]).values()
     assert [x["bbox"] for x in record["annotations"]] == [[0, 0, 4, 4]]
     for name, count in {"c.png": 0, "sub/a.png": 2}.items():
-        with pytest.raises(UserError, match=f"has {count} entries for {name}"):
+        with pytest.raises(UserError, match=f"{name} is {count} times among the images"):
             find_records(str(path), [name])
     path.write_text('{"images": 3}')
     with pytest.raises(UserError, match="is not COCO format"):

@@ -19,6 +19,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from fgd_inputs.coco import read_coco
+from fgd_inputs.file_names import find_entries
 from fgd_inputs.names import one_line
 
 from ..data.json_sets import records
@@ -94,17 +95,15 @@ def find_records(json_file: str, paths: Sequence[str]) -> Dict[str, dict]:
         UserError: the JSON is not COCO's, or has not exactly one entry for an image.
     """
     coco = read_coco(json_file, files=False)
+    coco.check_boxes()
     for image in coco.images:
         image["file"] = image["file_name"]
-    entries = [(Path(record["file_name"]).parts, record) for record in records(coco)]
-    found = {}
-    for path in paths:
-        parts = Path(path).resolve().parts
-        hits = [record for end, record in entries if parts[-len(end) :] == end]
-        if len(hits) != 1:
-            raise UserError(f"--dataset {json_file} has {len(hits)} entries for {path}")
-        found[path] = {**hits[0], "file_name": path}
-    return found
+    entries, note = find_entries(json_file, [x["file"] for x in coco.images], paths)
+    for text in [*coco.notes, *coco.warnings, note, coco.dropped_text()]:
+        if text:
+            print(f"{json_file}: {text}", flush=True)
+    all_records = records(coco)
+    return {path: {**all_records[i], "file_name": path} for path, i in zip(paths, entries)}
 
 
 @torch.no_grad()
