@@ -3,8 +3,12 @@
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from hypothesis import settings
 
 from fgd.config import get_fgd_cfg
+
+# For tests that state no number of examples: pytest --hypothesis-profile=thorough tests/fgd_inputs
+settings.register_profile("thorough", max_examples=2000, deadline=None)
 
 TINY_BACKBONES = {
     "RetinaNet": "build_retinanet_timm_fpn_backbone",

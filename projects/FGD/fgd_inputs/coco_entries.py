@@ -9,6 +9,8 @@ from . import coco_masks
 from .errors import UserError
 from .json_file import number, shown, whole
 
+_SMALLEST = 1e-5  # pixels; Detectron2 trains on no box of such a side
+_LARGEST = 1e7  # pixels; beyond it nothing is left of them in 32 bits
 _COMPARED = 1000  # boxes that are held against their polygons
 _DIGITS = re.compile(r"-?[0-9]{1,18}")
 _FLAGS = {None: 0, "0": 0, "1": 1, "": 0}  # of iscrowd and ignore, beside 0, 1, true and false
@@ -39,8 +41,10 @@ def bad_box(box: Sequence[float], height: float, width: float) -> Optional[str]:
     x, y, w, h = box
     if w < 0 or h < 0:
         return "inverted"
-    if w == 0 or h == 0:
+    if min(w, h) <= _SMALLEST:
         return "zero area"
+    if max(map(abs, box)) > _LARGEST:
+        return "too large"
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "outside"
     return None
