@@ -57,12 +57,27 @@ FIELDS = {
 fields = st.sampled_from([(key, name) for key, names in FIELDS.items() for name in names])
 LISTS = ("images", "categories", "annotations")
 TOPS = (*LISTS, "info", "licenses", "type")
+IDS = st.sampled_from(
+    [
+        (0, 1, 2),
+        (-1, -2, 5),
+        ("a", "b", ""),
+        ("2", "1", "10"),
+        ("a", "a\0", "\ud800"),
+        (10**15, 10**15 + 1, 10**15 + 2),
+        (10**18, 10**18 + 1, 10**18 + 2),
+        (-1, 2**63, 2),
+        (1, 2**53, 2**53 + 1),
+        (1e300, 1e301, 1),
+    ]
+)
 ABSENT = object()
 changes = st.one_of(
     st.tuples(st.just("field"), fields, st.integers(0, 2), values | st.just(ABSENT)),
     st.tuples(st.just("field"), st.just(("annotations", "bbox")), st.integers(0, 2), boxes),
     st.tuples(st.just("entry"), st.sampled_from(LISTS), st.integers(0, 3), values),
     st.tuples(st.just("top"), st.sampled_from(TOPS), st.none(), values | st.just(ABSENT)),
+    st.tuples(st.just("ids"), st.sampled_from(LISTS[:2]), st.booleans(), IDS),
 )
 shapes = st.sampled_from([[POLYGON], POLYGON, rle(True), rle(False), [], None])
 
@@ -73,6 +88,9 @@ def write_changed(folder, segmentation, changed):
     path = write_coco(folder, coco)
     for kind, place, position, value in changed:
         holder, name = coco, place
+        if kind == "ids":
+            rename(coco, place, value, position)
+            continue
         if kind == "field":
             holder, name = coco.get(place[0]), place[1]
             holder = holder[position] if isinstance(holder, list) and len(holder) == 3 else None
@@ -87,6 +105,19 @@ def write_changed(folder, segmentation, changed):
             holder[name] = value
     (folder / "labels.json").write_text(json.dumps(coco))
     return path
+
+
+def rename(coco, key, ids, spelt):
+    """Give images or categories other ids; references to them may be spelt."""
+    entries, boxes = coco.get(key), coco.get("annotations")
+    if not isinstance(entries, list) or not isinstance(boxes, list) or len(entries) != 3:
+        return
+    for i, own in enumerate(ids):
+        if isinstance(entries[i], dict):
+            entries[i]["id"] = own
+        if i < len(boxes) and isinstance(boxes[i], dict):
+            reference = {"images": "image_id", "categories": "category_id"}[key]
+            boxes[i][reference] = str(own) if spelt else own
 
 
 def refusal(read, *args):

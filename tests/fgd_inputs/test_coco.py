@@ -154,6 +154,8 @@ def edited(coco, key, name, value):
         ("categories", "name", DELETED, "category 1 has no 'name'"),
         ("categories", "name", "  ", "category 1 has name ' '"),
         ("categories", "name", ["x"], "category 1 has name ['x']"),
+        ("categories", "name", "\ud800", "category 1 has name '\\ud800'; expected a text"),
+        ("images", "id", "x\0", "images[0] has id 'x\\x00'"),
         ("categories", "name", "dog", "category 2 has the name 'dog', as category 1 has"),
         ("categories", "id", 2, "id 2 occurs twice in 'categories'"),
         ("annotations", "bbox", DELETED, "annotation 100 has no 'bbox'"),

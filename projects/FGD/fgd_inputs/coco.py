@@ -185,7 +185,7 @@ def _entries(path: str, key: str, values: Sequence[Any]) -> List[dict]:
         if own in seen:
             raise UserError(f"{_WHAT} {path}: id {shown(own)} occurs twice in {key!r}")
         seen.add(own)
-    counted = all(isinstance(own, str) and own.isdecimal() and len(own) < 19 for own in ids)
+    counted = all(isinstance(own, str) and own.isdecimal() and len(own) < 20 for own in ids)
     order = sorted(range(len(ids)), key=lambda i: int(ids[i]) if counted else ids[i])
     return [{**values[i], "id": ids[i]} for i in order]
 
@@ -221,7 +221,7 @@ def _read_categories(found: CocoFile, values: Sequence[Any], annotations: Any) -
         if number(name) is not None:
             name = json.dumps(name)
             found.notes.append("category names that are numbers are read as text")
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
             stated = f"name {shown(name)}" if "name" in entry else "no 'name'"
             raise UserError(f"{where} has {stated}; expected a text")
         if name in names:
@@ -232,6 +232,15 @@ def _read_categories(found: CocoFile, values: Sequence[Any], annotations: Any) -
         names[name] = entry["id"]
     found.categories = [{"id": number_, "name": name} for name, number_ in names.items()]
     found.notes = list(dict.fromkeys(found.notes))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written at all: half a character, as JSON's "\\ud800", cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_headings(found: CocoFile, entries: List[dict], annotations: Any) -> List[dict]:

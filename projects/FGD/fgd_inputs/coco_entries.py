@@ -12,13 +12,15 @@ from .json_file import number, shown, whole
 _SMALLEST = 1e-5  # pixels; Detectron2 trains on no box of such a side
 _LARGEST = 1e7  # pixels; beyond it nothing is left of them in 32 bits
 _COMPARED = 1000  # boxes that are held against their polygons
-_DIGITS = re.compile(r"-?[0-9]{1,18}")
+_DIGITS = re.compile(r"-?[0-9]{1,19}")
 _FLAGS = {None: 0, "0": 0, "1": 1, "": 0}  # of iscrowd and ignore, beside 0, 1, true and false
 
 
 def read_id(value: Any) -> Any:
-    """An id as an int or a text; None if it is neither."""
-    return value if isinstance(value, str) else whole(value)
+    """An id as an int or a text; None if it is neither. numpy would drop a NUL at its end."""
+    if isinstance(value, str):
+        return None if "\0" in value else value
+    return whole(value)
 
 
 def as_id(value: Any, ids: Collection[Any]) -> Any:

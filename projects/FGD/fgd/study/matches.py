@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import io
-from typing import Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -28,7 +28,7 @@ class ClassMatches(NamedTuple):
 class Matches(NamedTuple):
     """Of one model on the test images."""
 
-    image_ids: List[int]
+    image_ids: List[Any]
     classes: Dict[str, ClassMatches]  # by name, in the order of category ids
 
 
@@ -58,7 +58,7 @@ def match(truth: COCO, detections: List[dict], kind: str) -> Matches:
     for k, category in enumerate(params.catIds):
         cells = evaluation.evalImgs[k * count : (k + 1) * count]
         classes[truth.cats[category]["name"]] = _of_class(cells, len(params.iouThrs))
-    return Matches([int(i) for i in params.imgIds], classes)
+    return Matches(np.array(params.imgIds).tolist(), classes)
 
 
 def _results(truth: COCO, detections: List[dict]) -> COCO:
