@@ -18,7 +18,7 @@ from deploy.coco_data import load_dataset
 from deploy.serving.coco_results import CocoIds
 from fgd.config import get_fgd_cfg
 from fgd.data.datasets import register_from_config
-from fgd.doctor.examination import _data as count_data
+from fgd.doctor.examination import _check_config
 from fgd.engine.evaluation import build_evaluator
 from fgd.study.matches import average_precision, index_truth, match, overall
 from fgd.study.summary import ground_truth
@@ -239,7 +239,7 @@ def check_training(cfg, truth, classes):
     keys = ("image_id", "category_id", "bbox", "iscrowd")
     expected = [tuple(entry[key] for key in keys) for entry in truth["annotations"]]
     assert sorted(found, key=repr) == sorted(expected, key=repr)
-    finding = count_data(cfg, records, classes).found
+    finding = _check_config(cfg, records, None)[0][0].found  # of --doctor
     assert finding.startswith(f"{len(truth['images'])} training images, {len(expected)} boxes")
 
 

@@ -106,3 +106,9 @@ def test_no_classes_and_unknown_architectures_are_refused(add_dataset):
         class_names(cfg_for("RetinaNet", 2, (add_dataset("checks_empty", []),)))
     with pytest.raises(UserError, match="'PanopticFPN' is none of those known: RetinaNet, FCOS"):
         check_class_count(cfg_for("PanopticFPN", 2))
+
+
+def test_line_breaks_in_names_do_not_break_the_message(add_dataset):
+    name = add_dataset("checks_lines", ["a\n# b", "c\u2028d"])
+    with pytest.raises(UserError, match=r"has 2 classes \(a # b, c d\) but"):
+        check_class_count(cfg_for("RetinaNet", 3, (name,)))

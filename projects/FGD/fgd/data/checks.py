@@ -144,4 +144,5 @@ def _set(metadata: Metadata, key: str, value: object) -> Iterator[None]:
 
 
 def _shorten(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f", ... {len(names)} in all" if len(names) > most else "")
+    shown = [" ".join(name.split()) for name in names[:most]]  # a line break would end the message
+    return ", ".join(shown) + (f", ... {len(names)} in all" if len(names) > most else "")
