@@ -36,16 +36,17 @@ def detectors() -> List[str]:
     return sorted(path.stem.split("_", 2)[2] for path in CONFIGS.glob("shapes_fgd_*.yaml"))
 
 
-def run(log: Path, *words: object) -> None:
-    """Run a Python script of the project with its output in ``log``; Failed if it fails."""
+def run(log: Path, *words: object, python: str = sys.executable) -> None:
+    """Run Python with these words, its output in ``log``; Failed if it fails."""
     command = [str(word) for word in words]
     with open(log, "a") as file:
         code = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            [python, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         ).returncode
     if code:
         last = ([""] + log.read_text(errors="replace").strip().splitlines())[-1]
-        raise Failed(f"{command[0]}: exit code {code}, {last[:200]} (all of it: {log})")
+        name = command[command[0] == "-m"]
+        raise Failed(f"{name}: exit code {code}, {last[:200]} (all of it: {log})")
 
 
 def train(detector: str, role: str, output: Path) -> dict:
@@ -157,10 +158,15 @@ def _number(value, digits: int) -> str:
 
 
 def write(output: Path, rows: Sequence[dict]) -> None:
-    """quick.json and quick.md, each whole or not at all."""
     page = f"# Every detector, {ITERATIONS} iterations\n\n{table(rows)}\n"
-    for name, text in (("quick.json", json.dumps(rows, indent=1)), ("quick.md", page)):
-        atomic_write(str(output / name), lambda file, text=text: file.write(text.encode()))
+    write_pages(output, "quick", rows, page)
+
+
+def write_pages(output: Path, name: str, rows: Sequence[dict], page: str) -> None:
+    """NAME.json and NAME.md, each whole or not at all."""
+    for suffix, text in ((".json", json.dumps(rows, indent=1)), (".md", page)):
+        path = str(output / f"{name}{suffix}")
+        atomic_write(path, lambda file, text=text: file.write(text.encode()))
 
 
 def build_parser() -> argparse.ArgumentParser:

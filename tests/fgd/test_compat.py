@@ -1,6 +1,7 @@
 import sys
 from types import ModuleType
 
+import detectron2
 import pytest
 import torch
 from detectron2.layers import deform_conv as d2_deform
@@ -9,6 +10,48 @@ from detectron2.utils import comm
 from torch import nn
 
 from fgd import compat
+
+
+@pytest.fixture
+def main_zoo(monkeypatch, tmp_path):
+    """A ``detectron2.model_zoo`` that finds its files as main's does, and is not imported yet."""
+    text = "import pkg_resources\n\ndef get_config_file(name):\n"
+    text += "    return pkg_resources.resource_filename('detectron2.model_zoo', name)\n"
+    (tmp_path / "model_zoo").mkdir()
+    (tmp_path / "model_zoo" / "__init__.py").write_text(text)
+    monkeypatch.setattr(detectron2, "__path__", [str(tmp_path), *detectron2.__path__])
+    monkeypatch.setattr(detectron2, "model_zoo", None)
+    for name in [name for name in sys.modules if name.startswith("detectron2.model_zoo")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "model_zoo"
+
+
+def test_the_zoo_of_main_loads_without_pkg_resources(main_zoo, monkeypatch):
+    """setuptools 82 has none. Nobody else meets the stand-in, which has one function only."""
+    monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
+    compat._load_model_zoo()
+    assert "pkg_resources" not in sys.modules
+    from detectron2 import model_zoo
+
+    found = model_zoo.get_config_file("configs/COCO-Detection/x.yaml")
+    assert found == str(main_zoo / "configs" / "COCO-Detection" / "x.yaml")
+
+
+def test_a_zoo_that_cannot_be_imported_leaves_no_stand_in(main_zoo, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
+    (main_zoo / "__init__.py").write_text("import no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        compat._load_model_zoo()
+    assert "pkg_resources" not in sys.modules
+
+
+def test_pkg_resources_of_others_is_left_alone(main_zoo, monkeypatch):
+    own = ModuleType("pkg_resources")
+    own.resource_filename = lambda package, name: f"own {name}"
+    monkeypatch.setitem(sys.modules, "pkg_resources", own)
+    compat._load_model_zoo()
+    assert sys.modules["pkg_resources"] is own
+    assert sys.modules["detectron2.model_zoo"].get_config_file("x") == "own x"
 
 
 def test_local_group_on_v06_is_the_ranks_of_this_machine(monkeypatch):

@@ -4,14 +4,41 @@ Features are looked up, never version numbers. Each branch can go when its side 
 supported. Elsewhere the project uses only what both have in common.
 """
 
+import importlib
+import sys
+from importlib import resources
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
+from detectron2 import modeling  # noqa: F401  before `_load_model_zoo`: all else that it imports
 from detectron2.layers import deform_conv as d2_deform
 from detectron2.solver import build as d2_solver
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import deform_conv2d
+
+
+def _load_model_zoo() -> None:
+    """Import ``detectron2.model_zoo``, which everybody has from then on, under any setuptools.
+
+    main's wants ``resource_filename`` of pkg_resources, which setuptools 82 removed and 81 warns
+    of. A module of that name with this one function is there for the length of the import only, so
+    that a library which does without pkg_resources never meets half of one.
+    """
+    if "pkg_resources" in sys.modules:
+        importlib.import_module("detectron2.model_zoo")
+        return
+    lent = sys.modules["pkg_resources"] = ModuleType("pkg_resources")
+    lent.resource_filename = lambda package, name: str(resources.files(package).joinpath(name))
+    try:
+        importlib.import_module("detectron2.model_zoo")
+    finally:
+        del sys.modules["pkg_resources"]
+
+
+_load_model_zoo()
 
 
 def create_local_process_group(processes_per_machine: int) -> None:

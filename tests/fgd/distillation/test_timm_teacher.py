@@ -3,6 +3,7 @@ import re
 import pytest
 import timm
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
@@ -86,7 +87,7 @@ def test_twice_the_stride_shows_the_images_at_half_size():
     net = network()
     images = torch.randn(1, 3, 64, 96)
     half = TokenMap(net, stride=32)
-    assert half.output_shape()["tokens"] == (64, None, None, 32)
+    assert half.output_shape()["tokens"] == ShapeSpec(channels=64, stride=32)
     with torch.no_grad():
         pooled = images.unflatten(3, (48, 2)).unflatten(2, (32, 2)).mean(dim=(3, 5))
         wanted = TokenMap(net)(pooled)["tokens"]
@@ -103,7 +104,7 @@ def test_networks_with_a_map_in_either_order_of_dimensions(name, channels, strid
     with torch.no_grad():
         features, found = net.forward_features(images), TokenMap(net)
         value = found(images)["tokens"]
-    assert found.output_shape()["tokens"] == (channels, None, None, stride)
+    assert found.output_shape()["tokens"] == ShapeSpec(channels=channels, stride=stride)
     if name == "test_mambaout":
         features = features.permute(0, 3, 1, 2)
     assert torch.equal(value, features) and value.shape[2:] == (2, 4)
