@@ -100,6 +100,22 @@ def test_add_fgd_config_works_on_a_stock_config():
     assert cfg.MODEL.DISTILLER.FGD.FOREGROUND_WEIGHT == 1e-3
 
 
+def test_a_whole_number_is_a_fraction_too(tmp_path):
+    """On the command line, in a file, in a checkpoint; a fraction is no whole number."""
+    path = tmp_path / "run.yaml"
+    path.write_text("DOCTOR:\n  MIN_AP50: 0\nSOLVER:\n  BASE_LR: 1\n")
+    for cfg in (
+        load_config(str(path)),
+        load_config(opts=["DOCTOR.MIN_AP50", "0", "SOLVER.BASE_LR", 1]),
+        load_config_text(path.read_text(), "checkpoint"),
+    ):
+        found = cfg.DOCTOR.MIN_AP50, cfg.SOLVER.BASE_LR
+        assert found == (0.0, 1.0) and set(map(type, found)) == {float}
+    for key, value in (("DOCTOR.IMAGES", "8.0"), ("DOCTOR.MIN_AP50", "True")):
+        with pytest.raises(UserError, match=f"command line: Type mismatch.*{key}"):
+            load_config(opts=[key, value])
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [

@@ -175,6 +175,29 @@ class SafeCfgNode(CfgNode):
             raise UserError(f"config {filename}: VERSION is {shown(version)}; expected 1 or 2")
         return merged
 
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        """As in yacs, and a whole number may stand where the default is a fraction: 0 for 20.0."""
+        given = cfg_other.clone()
+        _widen(given, self)
+        super().merge_from_other_cfg(given)
+
+    def merge_from_list(self, cfg_list: list) -> None:
+        """`merge_from_other_cfg` for keys and values in turn."""
+        known, given = dict(leaves(self)), list(cfg_list)
+        for position in range(1, len(given), 2):
+            value = self._decode_cfg_value(given[position])
+            if type(value) is int and type(known.get(given[position - 1])) is float:
+                given[position] = float(value)
+        super().merge_from_list(given)
+
+
+def _widen(given: dict, known: dict) -> None:
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(known.get(key), dict):
+            _widen(value, known[key])
+        elif type(value) is int and type(known.get(key)) is float:
+            given[key] = float(value)
+
 
 def _read_with_bases(path: str, above: Sequence[str], read: List[str]) -> dict:
     """A file over what its ``_BASE_`` names.

@@ -36,6 +36,12 @@ def test_the_floor_of_quality(score, verdict):
     finding = check_quality(score, 20.0, 8, True)
     assert finding.verdict == verdict
     assert ("DOCTOR.MIN_AP50" in finding.advice) is (verdict == "FAULT")
+    assert "floor 20" in finding.found or verdict == "warning"
+
+
+def test_no_floor_takes_any_teacher():
+    finding = check_quality(0.0, 0.0, 8, True)
+    assert finding.verdict == "ok" and finding.found.endswith("8 training images, no floor")
 
 
 GIVEN = [0.5, 0.6, 0.4, 0.5, 0.6, 0.4]

@@ -42,7 +42,8 @@ def check_quality(score: float, floor: float, images: int, by_class: bool) -> Fi
     if score != score:
         return Finding("quality", WARNING, f"{images} images without a labelled box: not scored")
     kind = "AP50" if by_class else "AP50 whatever the class"
-    found = f"{kind} {score:.1f} of the teacher on {images} training images, floor {floor:g}"
+    least = f"floor {floor:g}" if floor else "no floor"
+    found = f"{kind} {score:.1f} of the teacher on {images} training images, {least}"
     if score >= floor:
         return Finding("quality", OK, found)
     advice = (
