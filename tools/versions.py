@@ -20,21 +20,21 @@ from tools.quick import ROOT, Failed, run, write_pages
 
 NEWEST = "newest"  # PyTorch with which the newest torchvision goes
 PAIRS = ("3.11:2.9", "3.12:2.11", f"3.13:{NEWEST}")
-# Five minutes on one thread: reading and checking, losses and their gradients, a training that is
-# killed and goes on, every graph, ONNX Runtime.
+# Reading and checking, losses and their gradients, a training that is killed and goes on, ONNX
+# Runtime; with the exports about five minutes on one thread.
 TESTS = (
     "tests/fgd/test_compat.py",
     "tests/fgd/test_config.py",
     "tests/fgd/test_weights.py",
-    "tests/fgd/methods/fgd",
+    "tests/fgd/methods/fgd/test_method.py",
+    "tests/fgd/methods/fgd/test_terms.py",
     "tests/fgd/distillation",
     "tests/fgd/engine/test_checkpoint.py",
     "tests/fgd/engine/test_trainer.py",
-    "tests/deploy/test_export.py",
     "tests/deploy/test_runtime.py",
-    "tests/deploy/test_verify.py",
 )
-EXPORTS = ("-m", "deploy.matrix", "--columns", "static", "dynamic batch")
+# Every detector: exported and verified.
+EXPORTS = ("-m", "deploy.matrix", "--columns", "static")
 PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "setuptools")
 _VERSIONS = f"""\
 import importlib.metadata as metadata, json, platform
