@@ -120,8 +120,12 @@ def test_backend_follows_the_device():
 
 
 @pytest.fixture
-def deformable():
-    """Detectron2's two layers in float64 with what their block gives them."""
+def deformable(monkeypatch):
+    """Detectron2's two layers in float64 with what their block gives them; nothing is compiled."""
+    monkeypatch.setattr(d2_deform, "_C", ModuleType("_C"), raising=False)
+    for name in ("deform_conv", "modulated_deform_conv"):
+        monkeypatch.setattr(d2_deform, name, getattr(d2_deform, name))
+    compat.lend_deform_conv()
     options = {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2, "groups": 2}
     layers = [
         kind(4, 6, deformable_groups=2, bias=False, **options).double()
