@@ -154,12 +154,22 @@ class SafeCfgNode(CfgNode):
     """Detectron2's CfgNode whose files, ``_BASE_`` files included, are read by `read_yaml`."""
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
-        self._let_types_change([key for key, _ in leaves(cfg_other)])
-        super().merge_from_other_cfg(cfg_other)
+        """As in yacs, and a whole number may stand where the default is a fraction: 0 for 20.0."""
+        given = cfg_other.clone()
+        self._let_types_change([key for key, _ in leaves(given)])
+        _widen(given, self)
+        super().merge_from_other_cfg(given)
 
     def merge_from_list(self, cfg_list: list) -> None:
-        self._let_types_change(cfg_list[::2])
-        super().merge_from_list(cfg_list)
+        """`merge_from_other_cfg` for keys and values in turn."""
+        given = list(cfg_list)
+        self._let_types_change(given[::2])
+        known = dict(leaves(self))
+        for position in range(1, len(given), 2):
+            value = self._decode_cfg_value(given[position])
+            if type(value) is int and type(known.get(given[position - 1])) is float:
+                given[position] = float(value)
+        super().merge_from_list(given)
 
     def _let_types_change(self, keys: list) -> None:
         """yacs takes a value of another type only in place of None."""
@@ -174,21 +184,6 @@ class SafeCfgNode(CfgNode):
         if type(version) is not int:  # which Detectron2 compares with numbers
             raise UserError(f"config {filename}: VERSION is {shown(version)}; expected 1 or 2")
         return merged
-
-    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
-        """As in yacs, and a whole number may stand where the default is a fraction: 0 for 20.0."""
-        given = cfg_other.clone()
-        _widen(given, self)
-        super().merge_from_other_cfg(given)
-
-    def merge_from_list(self, cfg_list: list) -> None:
-        """`merge_from_other_cfg` for keys and values in turn."""
-        known, given = dict(leaves(self)), list(cfg_list)
-        for position in range(1, len(given), 2):
-            value = self._decode_cfg_value(given[position])
-            if type(value) is int and type(known.get(given[position - 1])) is float:
-                given[position] = float(value)
-        super().merge_from_list(given)
 
 
 def _widen(given: dict, known: dict) -> None:
