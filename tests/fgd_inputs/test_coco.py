@@ -214,7 +214,7 @@ def test_all_crowd_and_no_box_leave_nothing_to_do(tmp_path):
     for entry in coco["annotations"]:
         entry["iscrowd"] = 1
     found = read(tmp_path, coco)
-    with pytest.raises(UserError, match="labels.json: all 2 boxes are crowd regions .*set iscrowd"):
+    with pytest.raises(UserError, match="labels.json: all 2 boxes are crowd regions .*set both 0"):
         found.check_boxes()
     coco["annotations"] = [{**coco["annotations"][0], "bbox": [1, 1, 0, 0]}]
     with pytest.raises(UserError, match=r"no usable box; 1 boxes dropped \(1 zero area\)"):

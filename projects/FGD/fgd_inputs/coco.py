@@ -89,8 +89,8 @@ class CocoFile:
             raise UserError(f"{_WHAT} {self.path} has no usable box{text and f'; {text}'}")
         if self.crowds == len(self.annotations):
             raise UserError(
-                f"{_WHAT} {self.path}: all {self.crowds} boxes are crowd regions (iscrowd 1), "
-                "which are neither trained on nor counted; set iscrowd 0 for single objects"
+                f"{_WHAT} {self.path}: all {self.crowds} boxes are crowd regions (iscrowd or "
+                "ignore 1), which are neither trained on nor counted; set both 0 for single objects"
             )
 
 
