@@ -12,8 +12,7 @@ from PIL import Image
 
 from deploy.errors import UserError
 from deploy.spec import ModelSpec, fills
-from fgd_inputs.file_names import SUFFIXES
-from fgd_inputs.image_files import MAX_PIXELS, open_image, upright
+from fgd_inputs.image_files import MAX_PIXELS, SUFFIXES, open_image, upright
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
 
