@@ -110,7 +110,7 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     if args.format == "coco":
         ids = CocoIds(files, detector.spec.classes, args.annotations)
         for note in ids.notes:
-            say(f"{args.annotations}: {note}")
+            print(f"{one_line(args.annotations)}: {note}")
     report = predict(detector, files, output, args.batch_size, not args.no_images, args.resume, ids)
     for failure in report["failed"]:
         say(f"failed: {failure['file']}: {failure['error']}")

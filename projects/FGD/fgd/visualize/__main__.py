@@ -101,7 +101,7 @@ def find_records(json_file: str, paths: Sequence[str]) -> Dict[str, dict]:
     entries, note = find_entries(json_file, [x["file"] for x in coco.images], paths)
     for text in [*coco.notes, *coco.warnings, note, coco.dropped_text()]:
         if text:
-            print(f"{json_file}: {text}", flush=True)
+            print(f"{one_line(json_file)}: {text}", flush=True)
     all_records = records(coco)
     return {path: {**all_records[i], "file_name": path} for path, i in zip(paths, entries)}
 
