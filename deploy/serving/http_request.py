@@ -40,7 +40,7 @@ def send(
         try:
             request = urllib.request.Request(url, body, dict(headers))
             with urllib.request.urlopen(request, timeout=timeout) as answer:
-                found.put((_read(answer, time.monotonic() + limit), answer.headers))
+                found.put((_read(answer, limit), answer.headers))
         except urllib.error.HTTPError as error:
             found.put(UserError(f"{url}: {error.code} {_explanation(error)}"))
         except (OSError, ValueError, MemoryError, http.client.HTTPException) as error:
@@ -54,24 +54,28 @@ def send(
     try:
         answer = found.get(timeout=limit)
     except Empty:
-        answer = UserError(f"no answer from {url}: not whole after {limit:g} s (--time-limit)")
+        answer = UserError(f"no answer from {url}: {_late(limit)}")
     if isinstance(answer, UserError):
         raise answer
     return answer
 
 
-def _read(answer, end: float) -> bytes:
-    pieces, size = [], 0
+def _read(answer, limit: float) -> bytes:
+    pieces, size, end = [], 0, time.monotonic() + limit
     while piece := answer.read1(_PIECE):
         pieces.append(piece)
         size += len(piece)
         if size > _LONGEST:
             raise ValueError(f"it is longer than {_LONGEST} bytes")
-        if time.monotonic() > end:  # nobody waits any more
-            break
+        if time.monotonic() > end:  # what there is must not pass for the whole
+            raise TimeoutError(_late(limit))
     if getattr(answer, "length", None):
         raise http.client.IncompleteRead(b"", answer.length)
     return b"".join(pieces)
+
+
+def _late(limit: float) -> str:
+    return f"not whole after {limit:g} s (--time-limit)"
 
 
 def _explanation(error: urllib.error.HTTPError) -> str:

@@ -1,5 +1,6 @@
 """A request ends with the answer or in one line, whatever the server does."""
 
+import io
 import json
 import socket
 import threading
@@ -62,6 +63,15 @@ def test_a_byte_now_and_then_does_not_keep_the_client_waiting(start):
                 send(address, body, {}, timeout=timeout)
             assert time.monotonic() - begun < 3
     time_limit.limit_time(before)
+
+
+def test_part_of_a_body_does_not_pass_for_the_whole():
+    """Whoever waits may be slower than whoever reads."""
+    late = io.BytesIO(b"part")
+    with pytest.raises(TimeoutError, match="not whole after -1 s"):
+        http_request._read(late, limit=-1)
+    late.seek(0)
+    assert http_request._read(late, limit=60) == b"part"
 
 
 def test_a_body_without_an_end_is_given_up(monkeypatch):
