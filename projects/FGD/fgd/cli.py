@@ -76,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         "its AP is that of this results.json",
     )
     parser.add_argument(
+        "--trust-config",
+        default="",
+        metavar="FILE.py",
+        help="execute this LazyConfig file, and what it imports, as "
+        "MODEL.DISTILLER.TEACHER.CONFIG_FILE",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=TIMEOUT,

@@ -18,6 +18,7 @@ from .data.checks import check_class_count, class_names, matched_by_name
 from .data.contents import describe_sets, registered_set, shared_images
 from .data.datasets import register_from_config
 from .data.settings import check_images, check_sets
+from .distillation.lazy_teacher import trust
 from .doctor import command as doctor
 from .engine.evaluation import check_same_ap
 from .engine.results import EVALUATED, FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
@@ -49,6 +50,7 @@ def load_checked_config(args: argparse.Namespace) -> CfgNode:
     if args.starts_as and (args.eval_only or args.doctor):
         raise UserError("--starts-as belongs to a training")
     cfg = load_config(args.config_file, args.opts or ())
+    trust(args.trust_config, cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE)
     check_device(cfg.MODEL.DEVICE)
     check_images(cfg)
     if not args.eval_only:

@@ -9,6 +9,7 @@ from ..config import META_ARCHITECTURE
 from ..errors import UserError
 from ..methods.batch import Cut
 from ..methods.method import METHOD_REGISTRY, chosen_methods
+from .lazy_teacher import check_lazy_teacher, is_lazy, lazy_weights
 from .levels import parse_level_map
 from .schedule import schedule_from_config
 from .taps import check_kind
@@ -34,7 +35,8 @@ def add_distiller_config(cfg: CfgNode) -> None:
     node.LEVEL_MAP = []
     # The tensor of a level, on both sides: "output", which the heads read; "pre_norm", the result
     # of the level's last convolution before the norm of the FPN, which the authors take; "auto" =
-    # "pre_norm" if the FPN of student or teacher has group normalisation, else "output".
+    # "pre_norm" if the FPN of student or teacher has group normalisation, else "output", also with
+    # layer normalisation (ViTDet, Swin, MViTv2).
     node.FEATURES = "auto"
     # Common factor on all distillation terms, no unit; keeps their ratios.
     node.FACTOR = 1.0
@@ -65,7 +67,9 @@ def _add_schedule(distiller: CfgNode) -> None:
 
 def _add_teacher(distiller: CfgNode) -> None:
     node = distiller.TEACHER = type(distiller)()
-    # Any Detectron2 yaml: a path, or one of the model zoo's ("COCO-Detection/….yaml").
+    # Any Detectron2 yaml: a path, or one of the model zoo's ("COCO-Detection/….yaml"). Or
+    # "lazy:<name>", a teacher that Detectron2 has no yaml of, such as
+    # "lazy:cascade_mask_rcnn_vitdet_b"; all names are in fgd/distillation/lazy_zoo.py.
     # "" = the config stored in the checkpoint of a teacher that this project trained.
     node.CONFIG_FILE = ""
     # Instead of a detector any network of timm whose features are a map at any size, such as
@@ -78,7 +82,8 @@ def _add_teacher(distiller: CfgNode) -> None:
     node.TIMM_STRIDE = 0
     # Path, URL or detectron2:// address, as MODEL.WEIGHTS takes them. Must load completely. With
     # TIMM that is a file of the network's own names, with or without its classifier, and "" =
-    # timm's own pretrained weights, which it downloads.
+    # timm's own pretrained weights, which it downloads. With "lazy:<name>" "" = those that
+    # Detectron2's authors publish for it.
     node.WEIGHTS = ""
     # Go on although teacher weights are missing or do not fit. A teacher with random parts
     # teaches noise, so this is for deliberate experiments only.
@@ -147,8 +152,14 @@ def needs_teacher(cfg: CfgNode) -> bool:
 
 def teacher_name(cfg: CfgNode) -> str:
     """The teacher's weights for people: the file, or "timm:" and a name; "" if none is named."""
+    timm = cfg.MODEL.DISTILLER.TEACHER.TIMM
+    return teacher_weights(cfg) or (timm and f"timm:{timm}")
+
+
+def teacher_weights(cfg: CfgNode) -> str:
+    """The teacher's weight file, which "lazy:" alone names too; "" if there is none."""
     node = cfg.MODEL.DISTILLER.TEACHER
-    return node.WEIGHTS or (node.TIMM and f"timm:{node.TIMM}")
+    return node.WEIGHTS or lazy_weights(node.CONFIG_FILE)
 
 
 def _check_teacher(cfg: CfgNode) -> None:
@@ -160,6 +171,8 @@ def _check_teacher(cfg: CfgNode) -> None:
             f"MODEL.DISTILLER.TEACHER.TIMM_STRIDE: {node.TIMM_STRIDE} is of a network of timm, but "
             "TEACHER.TIMM is empty"
         )
+    if is_lazy(node.CONFIG_FILE):
+        check_lazy_teacher(node.CONFIG_FILE)
     if needs_teacher(cfg) and not teacher_name(cfg):
         raise UserError(
             "MODEL.DISTILLER.TEACHER.WEIGHTS is empty: an untrained teacher teaches noise; name "

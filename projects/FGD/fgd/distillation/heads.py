@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..methods.batch import Cut, HeadLevel, Heads, HeadTargets
+from .padding import why_not_one_grid
 from .towers import TOWERS, LevelRun, OnDemand, decode, place_of, steps_of
 
 FAMILIES = {"FCOS": (FCOS, FCOSHead), "RetinaNet": (RetinaNet, RetinaNetHead)}
@@ -201,6 +202,8 @@ def why_no_heads(
     for who, model in sides.items():
         if not family(model):
             return f"the {who}, {type(model).__name__}, has no plain head of RetinaNet or FCOS"
+    if teacher is not None and (reason := why_not_one_grid(student.backbone, teacher.backbone)):
+        return reason
     facts = [_facts(model) for model in sides.values()]
     for what in facts[0]:
         own, *other = (str(x[what]) for x in facts)

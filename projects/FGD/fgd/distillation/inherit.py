@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-_BOTTOM_UP = "backbone.bottom_up."  # the FPN lives under backbone. too, and is inherited
+# The FPN lives under backbone. too, and is inherited; so is ViTDet's pyramid, over backbone.net.
+_BOTTOM_UP = ("backbone.bottom_up.", "backbone.net.")
 _STAGE = re.compile(r"(roi_heads\.box_(?:head|predictor)\.)(\d+)\.(.*)")
 
 

@@ -4,7 +4,6 @@ import logging
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone
 from torch import nn
 
 from ..errors import UserError
@@ -14,6 +13,7 @@ from .config import asked_of_teacher, teacher_name
 from .dense_regions import region_sizes
 from .levels import Outputs, level_table, plan_levels
 from .needs import check_needs, wants_regions
+from .padding import check_padding
 from .schedule import schedule_from_config
 from .taps import Sources, choose_sources, describe_sources
 from .teacher import FrozenTeacher
@@ -47,7 +47,7 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
         regions = region_sizes(student, teacher)
     student, teacher = student.backbone, teacher and teacher.backbone
     if asked:
-        _check_padding(student, teacher)
+        check_padding(cfg, student, teacher)
     outputs = Outputs.of(student), teacher and Outputs.of(teacher)
     levels = plan_levels(cfg, *outputs)
     method = build_method(cfg, levels, regions)
@@ -79,16 +79,6 @@ def _log_levels(outputs: Tuple[Outputs, Outputs], levels: Sequence[Level]) -> No
         theirs = teacher.stages or teacher.levels
         table += f"\n{level_table(student.stages, theirs, of_stages)}"
     logger.info(f"Levels of student and teacher:\n{table}")
-
-
-def _check_padding(student: Backbone, teacher: Backbone) -> None:
-    # Detectron2 writes "no constraint" as 0.
-    if max(student.size_divisibility, 1) % max(teacher.size_divisibility, 1):
-        raise UserError(
-            f"cannot distil: the student pads its batches to multiples of "
-            f"{student.size_divisibility} pixels, the teacher needs multiples of "
-            f"{teacher.size_divisibility}; use backbones with equal size_divisibility"
-        )
 
 
 def freeze_teacher(

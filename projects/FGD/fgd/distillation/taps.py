@@ -37,7 +37,8 @@ def choose_sources(
     the level's last convolution, which is where the authors' code takes it. A level without a norm
     there, such as p6 and p7 of most necks, is its own convolution's result: p6 before the ReLU
     that p7 begins with. "auto" is "pre_norm" if a distilled level of either side ends in group
-    normalisation, else "output".
+    normalisation, else "output". So it is for the layer normalisation of ViTDet's pyramid and its
+    like: what it is given has another scale in each cell, which heads never see.
 
     Args:
         partners: the student's level → the teacher's; "" where no teacher is involved, and then
@@ -89,10 +90,17 @@ def find_norm(backbone: nn.Module, level: str) -> str:
     """Path of the norm that a pyramid level ends in; "" if it has none.
 
     Levels of Detectron2's FPN, and of every neck built from it, come from ``fpn_output{k}`` or,
-    above those, from ``top_block.p{k}``.
+    above those, from ``top_block.p{k}``; those of ViTDet's pyramid from the last module of
+    ``simfp_{k}``.
     """
     modules = dict(backbone.named_modules())
-    paths = f"fpn_output{level.removeprefix('p')}.norm", f"top_block.{level}.norm"
+    number = level.removeprefix("p")
+    simple = modules.get(f"simfp_{number}", ())
+    paths = (
+        f"fpn_output{number}.norm",
+        f"top_block.{level}.norm",
+        f"simfp_{number}.{len(simple) - 1}.norm",
+    )
     return next((path for path in paths if path in modules), "")
 
 

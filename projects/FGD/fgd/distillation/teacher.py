@@ -16,7 +16,9 @@ from ..errors import UserError
 from ..methods.batch import Cut, HeadLevel, RegionView
 from ..trained_with import other_config
 from ..weights import LoadReport, load_complete, read_weights, state_sha256, weights_sha256
-from .config import needs_teacher, teacher_name
+from .config import needs_teacher, teacher_name, teacher_weights
+from .lazy_teacher import build_lazy_teacher, is_lazy, lazy_text
+from .padding import Padding, cut, strides
 from .regions import view_of
 from .taps import Sources, after_norms, read_levels
 from .timm_teacher import TimmNetwork, build_timm_teacher
@@ -37,8 +39,11 @@ class LoadedTeacher(NamedTuple):
 
 def untrained_teacher(cfg: CfgNode) -> Tuple[nn.Module, CfgNode]:
     """The whole teacher with random weights, and its config; UserError as `teacher_config`."""
-    if cfg.MODEL.DISTILLER.TEACHER.TIMM:
+    node = cfg.MODEL.DISTILLER.TEACHER
+    if node.TIMM:
         return build_timm_teacher(cfg)
+    if is_lazy(node.CONFIG_FILE):
+        return build_lazy_teacher(node.CONFIG_FILE, cfg.MODEL.DEVICE)
     config = teacher_config(cfg)
     return build_model(config), config
 
@@ -56,12 +61,12 @@ def load_teacher(cfg: CfgNode) -> LoadedTeacher:
             MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise; or they were trained on
             other images than CONFIG_FILE makes.
     """
-    node = cfg.MODEL.DISTILLER.TEACHER
+    allow_partial, path = cfg.MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS, teacher_weights(cfg)
     model, config = untrained_teacher(cfg)
     load = model.load_weights if isinstance(model, TimmNetwork) else partial(load_complete, model)
-    report = load(node.WEIGHTS, allow_partial=node.ALLOW_PARTIAL_WEIGHTS)
+    report = load(path, allow_partial=allow_partial)
     if not isinstance(model, TimmNetwork):
-        other_config(node.WEIGHTS, report.config, config)
+        other_config(path, report.config, config)
     return LoadedTeacher(model, config, report)
 
 
@@ -73,9 +78,9 @@ def describe_teacher(cfg: CfgNode) -> Dict[str, str]:
     Raises:
         UserError: they cannot be had.
     """
-    node = cfg.MODEL.DISTILLER.TEACHER
-    if node.WEIGHTS or not node.TIMM:
-        return {"weights": node.WEIGHTS, "sha256": weights_sha256(node.WEIGHTS)}
+    path = teacher_weights(cfg)
+    if path or not cfg.MODEL.DISTILLER.TEACHER.TIMM:
+        return {"weights": path, "sha256": weights_sha256(path)}
     with torch.random.fork_rng():
         digest = state_sha256(weights_of(load_teacher(cfg).model))
     return {"weights": teacher_name(cfg), "sha256": digest}
@@ -87,9 +92,14 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     From MODEL.DISTILLER.TEACHER.CONFIG_FILE or, when that is empty, from the teacher's checkpoint.
 
     Raises:
-        UserError: neither has one.
+        UserError: neither has one, or the file is not yaml.
     """
     node = cfg.MODEL.DISTILLER.TEACHER
+    if is_lazy(node.CONFIG_FILE):
+        raise UserError(
+            f"MODEL.DISTILLER.TEACHER.CONFIG_FILE {node.CONFIG_FILE}: is no yaml file, and only "
+            "train_net.py works with others"
+        )
     if node.CONFIG_FILE:
         teacher = load_config(node.CONFIG_FILE)
     else:
@@ -102,6 +112,18 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher = checkpoint_config(teacher)  # a teacher may itself have been distilled
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher
+
+
+def config_text(cfg: CfgNode) -> str:
+    """All that MODEL.DISTILLER.TEACHER.CONFIG_FILE says; "" if it is empty.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE
+    if is_lazy(file):
+        return lazy_text(file)
+    return load_config(file).dump() if file else ""
 
 
 def build_teacher(cfg: CfgNode) -> Tuple[Optional[nn.Module], Optional[CfgNode]]:
@@ -181,7 +203,9 @@ class FrozenTeacher:
         """The teacher's maps of the student's augmented batch, with its own normalisation.
 
         Images are padded with zeros after normalising, as Detectron2 does, to the student's
-        padded (height, width), so that both pyramids lie on the same grid.
+        padded (height, width), so that both pyramids lie on the same grid. A teacher that wants a
+        square gets its square, and its maps are cut to that grid; its outputs are not, as its RoI
+        heads read them whole.
 
         The maps have the dtype that the precision gives, and are contiguous whatever the layout
         inside: what reads them beside the student's need not know it. An autocast around the call,
@@ -189,12 +213,19 @@ class FrozenTeacher:
 
         Args:
             as_heads_read: the maps after the norms of the pyramid, whatever ``sources`` say.
+        Raises:
+            UserError: the batch is larger than the square.
         """
         sources = after_norms(self.sources) if as_heads_read else self.sources
-        images = torch.stack([self._normalize(x["image"], padded_size) for x in batched_inputs])
+        own_size = Padding.of(self.backbone).teaching(padded_size)
+        images = torch.stack([self._normalize(x["image"], own_size) for x in batched_inputs])
         with self._computing():
             images = images.contiguous(memory_format=self.layout)
             maps, outputs = read_levels(self.backbone, images, sources)
+        if own_size != tuple(padded_size):
+            steps = strides(self.backbone, sources)
+            sizes = own_size, padded_size
+            maps = {name: cut(x, *sizes, steps.get(name, 0)) for name, x in maps.items()}
         return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
 
     def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:

@@ -6,8 +6,8 @@ from typing import Dict, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from ..config import load_config
 from ..data.contents import describe_sets, registered_set
+from ..distillation.teacher import config_text
 from ..weights import weights_sha256
 from ..yaml_config import leaves
 
@@ -42,9 +42,8 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
     """
     facts = {"the classes": str(header["classes"]), **describe_data(cfg)}
     facts["the teacher's file"] = (header["teacher"] or {}).get("sha256", "none")[:8]
-    teacher_config = cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE
-    if header["teacher"] and teacher_config:
-        text = load_config(teacher_config).dump()
+    text = config_text(cfg) if header["teacher"] else ""
+    if text:
         facts["the teacher's config"] = hashlib.sha256(text.encode()).hexdigest()[:8]
     if cfg.MODEL.WEIGHTS:
         facts["MODEL.WEIGHTS"] = weights_sha256(cfg.MODEL.WEIGHTS)[:8]

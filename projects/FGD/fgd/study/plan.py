@@ -6,6 +6,7 @@ from typing import Dict, List, Mapping, Sequence, Tuple
 from detectron2.config import CfgNode
 
 from ..distillation.config import check_distiller, needs_teacher, teacher_name
+from ..distillation.lazy_teacher import is_lazy
 from ..errors import UserError
 from .arms import (
     LONG,
@@ -95,7 +96,8 @@ def _teacher(config: str, cfg: CfgNode, output: Path, opts: Mapping[str, str]) -
     if config:
         run = Run(TEACHER, 0, config, folder, _data_options(opts))
         return Teacher(True, str(folder / "model_final.pth"), (TEACHER,), (run,))
-    if not weights or cfg.MODEL.DISTILLER.TEACHER.TIMM:
+    node = cfg.MODEL.DISTILLER.TEACHER
+    if not weights or node.TIMM or is_lazy(node.CONFIG_FILE):  # no yaml to evaluate it with
         return Teacher(given=bool(teacher_name(cfg)))
     file = str(folder / "evaluated.yaml")  # written when the run starts
     run = Run(TEACHER, 0, file, folder, {"MODEL.WEIGHTS": weights}, eval_only=True)
