@@ -14,12 +14,20 @@ from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student
+from fgd.distillation import lazy_teacher
 from fgd.engine.checkpoint import TrainingCheckpointer, describe_run
 from fgd.weights import weights_sha256
+from tests.fgd.distillation.lazy_teachers import SQUARE, TINY, taught, trained
 
 
 def distilled_cfg(name, folder):
-    """The student's config under a wider teacher with weights of its own."""
+    """The student's config under a wider teacher with weights of its own, or one of the table."""
+    if name == "Faster R-CNN":
+        kind = list(TINY)[-1]
+        trained(kind, folder / "teacher.pth")
+        cfg = taught(tiny_cfg(name), kind, str(folder / "teacher.pth"))
+        cfg.INPUT.MAX_SIZE_TRAIN = SQUARE
+        return cfg
     teacher = tiny_cfg(name)
     teacher.MODEL.FPN.OUT_CHANNELS = 24
     path = folder / "teacher.pth"
@@ -48,8 +56,9 @@ def train_and_save(cfg, weights, batch, folder):
 
 
 @pytest.mark.parametrize("name", ["RetinaNet", "Faster R-CNN"])
-def test_no_trace_of_distillation(name, tiny, tmp_path, make_batch):
+def test_no_trace_of_distillation(name, tiny, tmp_path, make_batch, monkeypatch):
     """The plain student of the same weights is the session's; its graph has the same bytes."""
+    monkeypatch.setattr(lazy_teacher, "TEACHERS", TINY)
     plain, cfg = tiny(name), distilled_cfg(name, tmp_path)
     weights = plain.model.state_dict()
     distiller, student = train_and_save(cfg, weights, make_batch(), tmp_path)

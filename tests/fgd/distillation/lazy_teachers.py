@@ -7,13 +7,15 @@ from typing import Dict, Tuple
 
 import torch
 from detectron2 import model_zoo, modeling
-from detectron2.config import CfgNode, LazyCall
+from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fgd.distillation.lazy_zoo import TEACHERS, Entry
+from tests.conftest import make_training_batch
 
 SQUARE, CHANNELS = 128, 16
 KEY = "MODEL.DISTILLER.TEACHER.CONFIG_FILE"
@@ -23,7 +25,9 @@ class ChannelNorm(nn.Module):
     """Layer normalisation of each cell, as Detectron2's "LN", which v0.6 lacks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return (x - x.mean(1, keepdim=True)) / (
+            x.var(1, keepdim=True, unbiased=False) + 1e-6
+        ).sqrt()
 
 
 class SquareBackbone(Backbone):
@@ -110,9 +114,7 @@ def _has(name: str) -> bool:
 
 # Those whose classes this Detectron2 has.
 TINY: Dict[str, Entry] = {
-    kind: Entry(
-        (), "", square_teacher if name == "square" else partial(_of_table, name, **options)
-    )
+    kind: Entry((), "", square_teacher if name == "square" else partial(_of_table, name, **options))
     for kind, (name, options) in _TINY.items()
     if _has(name)
 }
@@ -125,6 +127,19 @@ def randomize(model: nn.Module) -> nn.Module:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def trained(kind, path):
+    """Two steps of the teacher's own training on random images; into a file."""
+    model = randomize(instantiate(TINY[kind].describe())).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step in range(2):
+        with EventStorage():
+            losses = model(make_training_batch(seed=step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict()}, path)
 
 
 def taught(cfg: CfgNode, kind: str, weights: str = "") -> CfgNode:

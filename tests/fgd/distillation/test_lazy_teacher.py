@@ -13,7 +13,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgd.config import check_config, load_config
-from fgd.distillation import lazy_teacher
 from fgd.distillation.config import teacher_name
 from fgd.distillation.inherit import neck_and_head
 from fgd.distillation.lazy_teacher import build_lazy_teacher, check_lazy_teacher, trust
@@ -107,7 +106,9 @@ def test_weights_need_not_be_named():
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are():
-    with pytest.raises(UserError, match="lazy:vitdet: there is no such teacher; there are mask_rcnn_v"):
+    with pytest.raises(
+        UserError, match="lazy:vitdet: there is no such teacher; there are mask_rcnn_v"
+    ):
         check_config(taught(student(), "vitdet"))
     with pytest.raises(UserError, match="config 'lazy:mask_rcnn_vitdet_b': no such file"):
         load_config("lazy:mask_rcnn_vitdet_b")
@@ -133,7 +134,9 @@ def test_it_teaches_and_its_config_says_what_it_is(kind, distilled_by, make_batc
         assert all(value.isfinite() for value in losses.values())
         assert sum(losses[name] for name in distiller.distillation.loss_names) > 0
     assert f"teacher GeneralizedRCNN from {path} in float32" in distiller.describe()
-    with pytest.raises(UserError, match=f"CONFIG_FILE lazy:{kind}: is no yaml file, and only train"):
+    with pytest.raises(
+        UserError, match=f"CONFIG_FILE lazy:{kind}: is no yaml file, and only train"
+    ):
         teacher_config(cfg)
 
 
@@ -148,7 +151,11 @@ def test_weights_are_read_as_safely_as_others(kind, distilled_by, tmp_path):
     model, _ = build_teacher(cfg)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     name = next(x for x in arrays if "norm" in x or "patch" in x)
-    for fault, message in ((arrays[name][:0], name), (None, "not in the file"), (Path(), "code or")):
+    for fault, message in (
+        (arrays[name][:0], name),
+        (None, "not in the file"),
+        (Path(), "code or"),
+    ):
         broken = {**arrays, name: fault}
         if fault is None:
             del broken[name]
@@ -193,9 +200,8 @@ model = square_teacher()
 
 
 @pytest.fixture
-def code(tmp_path, monkeypatch):
+def code(tmp_path, table):
     """A user's LazyConfig file, which leaves a mark where it is executed."""
-    monkeypatch.setattr(lazy_teacher, "_TRUSTED", set())
     path = tmp_path / "mine.py"
     path.write_text(CODE.format(marker=str(tmp_path / "executed")))
     return path

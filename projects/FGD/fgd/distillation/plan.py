@@ -6,7 +6,6 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..errors import UserError
 from ..methods.batch import Level
 from ..methods.method import Method, build_method
 from .config import asked_of_teacher, teacher_name

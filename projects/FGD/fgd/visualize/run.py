@@ -12,6 +12,7 @@ from ..config import META_ARCHITECTURE, find_config_file, load_config_text
 from ..data.images import ImageMapper
 from ..distillation.config import needs_teacher
 from ..distillation.distiller import Distiller
+from ..distillation.lazy_teacher import check_lazy_teacher, is_lazy
 from ..distillation.teacher import describe_teacher
 from ..errors import UserError
 from ..methods.method import chosen_methods
@@ -62,7 +63,9 @@ def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
 def _check_teacher(cfg: CfgNode, recorded: Mapping[str, str]) -> None:
     """``recorded``: the checkpoint's "teacher"; {} in those from before it was recorded."""
     node = cfg.MODEL.DISTILLER.TEACHER
-    if node.CONFIG_FILE:
+    if is_lazy(node.CONFIG_FILE):
+        check_lazy_teacher(node.CONFIG_FILE)
+    elif node.CONFIG_FILE:
         try:
             find_config_file(node.CONFIG_FILE)
         except UserError as error:
