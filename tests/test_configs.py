@@ -7,11 +7,15 @@ from typing import List, NamedTuple
 
 import pytest
 import torch
-from detectron2 import model_zoo
+from detectron2 import model_zoo, modeling
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from fgd.config import check_config, load_config, student_config
+from fgd.distillation.config import teacher_name
+from fgd.distillation.lazy_zoo import TEACHERS
 from fgd.distillation.levels import Outputs, head_levels, plan_levels
+from fgd.errors import UserError
 from fgd.methods import METHOD_REGISTRY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -63,9 +67,36 @@ def built(name, teacher=False):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_config_loads_and_passes_the_checks(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
-    if not cfg.MODEL.DISTILLER.TEACHER.WEIGHTS:  # small configs take it on the command line
+    if not teacher_name(cfg):  # small configs take it on the command line
         cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "teacher.pth"
-    check_config(cfg)
+    if "lazy:" in path.read_text() and not hasattr(modeling, "ViT"):
+        with pytest.raises(
+            UserError, match="this Detectron2 has no detectron2.*v0.6 lacks"
+        ):
+            check_config(cfg)
+    else:
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "name, teacher, pairs",
+    [
+        ("fgd_frcnn_vitdet", "cascade_mask_rcnn_vitdet_b", "p2-p2 p3-p3 p4-p4 p5-p5"),
+        ("pkd_retinanet_swin", "cascade_mask_rcnn_swin_b_in21k", "p3-p2 p4-p3 p5-p4 p6-p5"),
+    ],
+)
+def test_configs_under_teachers_of_main(name, teacher, pairs):
+    """They fit their students; images are no larger than the square of 1024 pixels."""
+    cfg, shapes = read(name), {f"p{k}": ShapeSpec(channels=256, stride=2**k) for k in range(2, 7)}
+    assert cfg.MODEL.DISTILLER.TEACHER.CONFIG_FILE == f"lazy:{teacher}"
+    assert teacher_name(cfg) == TEACHERS[teacher].weights
+    student = built(name.split("_")[1])
+    (levels,) = plan_levels(cfg, Outputs.of(student.backbone), Outputs(shapes, {})).values()
+    assert " ".join(f"{x.name}-{x.teacher_name}" for x in levels) == pairs
+    assert (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST) == (1024, 1024)
+    if hasattr(modeling, "ViT"):
+        described = TEACHERS[teacher].describe()
+        assert described.backbone.square_pad == 1024 and described.backbone.out_channels == 256
 
 
 @pytest.mark.parametrize("name", TABLE)
