@@ -70,9 +70,7 @@ def test_every_config_loads_and_passes_the_checks(path):
     if not teacher_name(cfg):  # small configs take it on the command line
         cfg.MODEL.DISTILLER.TEACHER.WEIGHTS = "teacher.pth"
     if "lazy:" in path.read_text() and not hasattr(modeling, "ViT"):
-        with pytest.raises(
-            UserError, match="this Detectron2 has no detectron2.*v0.6 lacks"
-        ):
+        with pytest.raises(UserError, match="this Detectron2 has no detectron2.*v0.6 lacks"):
             check_config(cfg)
     else:
         check_config(cfg)

@@ -168,6 +168,7 @@ def test_parser_has_detectron2s_options_and_real_examples():
         "--doctor",
         "--balance",
         "--starts-as",
+        "--trust-config",
     }
     assert ours - theirs == added and theirs <= ours
     text = parser.format_help()

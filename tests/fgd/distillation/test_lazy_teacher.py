@@ -134,9 +134,7 @@ def test_it_teaches_and_its_config_says_what_it_is(kind, distilled_by, make_batc
         assert all(value.isfinite() for value in losses.values())
         assert sum(losses[name] for name in distiller.distillation.loss_names) > 0
     assert f"teacher GeneralizedRCNN from {path} in float32" in distiller.describe()
-    with pytest.raises(
-        UserError, match=f"CONFIG_FILE lazy:{kind}: is no yaml file, and only train"
-    ):
+    with pytest.raises(UserError, match=f"CONFIG_FILE lazy:{kind}: this command needs a yaml"):
         teacher_config(cfg)
 
 

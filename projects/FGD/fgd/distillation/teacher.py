@@ -61,7 +61,7 @@ def load_teacher(cfg: CfgNode) -> LoadedTeacher:
             MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS says otherwise; or they were trained on
             other images than CONFIG_FILE makes.
     """
-    allow_partial, path = cfg.MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS, teacher_weights(cfg)
+    path, allow_partial = teacher_weights(cfg), cfg.MODEL.DISTILLER.TEACHER.ALLOW_PARTIAL_WEIGHTS
     model, config = untrained_teacher(cfg)
     load = model.load_weights if isinstance(model, TimmNetwork) else partial(load_complete, model)
     report = load(path, allow_partial=allow_partial)
@@ -96,10 +96,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """
     node = cfg.MODEL.DISTILLER.TEACHER
     if is_lazy(node.CONFIG_FILE):
-        raise UserError(
-            f"MODEL.DISTILLER.TEACHER.CONFIG_FILE {node.CONFIG_FILE}: is no yaml file, and only "
-            "train_net.py works with others"
-        )
+        key = "MODEL.DISTILLER.TEACHER.CONFIG_FILE"
+        raise UserError(f"{key} {node.CONFIG_FILE}: this command needs a yaml file of the teacher")
     if node.CONFIG_FILE:
         teacher = load_config(node.CONFIG_FILE)
     else:
@@ -224,8 +222,7 @@ class FrozenTeacher:
             maps, outputs = read_levels(self.backbone, images, sources)
         if own_size != tuple(padded_size):
             steps = strides(self.backbone, sources)
-            sizes = own_size, padded_size
-            maps = {name: cut(x, *sizes, steps.get(name, 0)) for name, x in maps.items()}
+            maps = {k: cut(x, own_size, padded_size, steps.get(k, 0)) for k, x in maps.items()}
         return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
 
     def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:
