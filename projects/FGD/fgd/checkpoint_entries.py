@@ -4,6 +4,7 @@ A file may come from anywhere: PyTorch copies integers into weights without a wo
 iteration shows only when results are written.
 """
 
+import math
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Union
 
 import numpy as np
@@ -54,6 +55,20 @@ def _is_iteration(value: Any) -> bool:
     return value is None or (type(value) is int and -1 <= value < 2**53)
 
 
+def _is_best(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    texts = {key: x for key, x in value.items() if key not in ("figure", "iteration")}
+    return (
+        _is_data(texts)
+        and "metric" in texts
+        and type(value.get("figure")) is float
+        and math.isfinite(value["figure"])
+        and type(value.get("iteration")) is int
+        and _is_iteration(value["iteration"])
+    )
+
+
 _ANYONES = {
     "format": _Entry("a text", _is_text),
     "classes": _Entry("a list of texts", _is_names),
@@ -65,6 +80,8 @@ _OWN = {
     "full_config": _Entry("the text of a config", _is_text),
     "teacher": _Entry("None, or a dict of the texts weights and sha256", _is_teacher),
     "data": _Entry("None, or a dict of texts", _is_data),
+    "best": _Entry("None, or a dict of metric, figure and iteration", _is_best),
+    "raw": _Entry("a dict of tensors", lambda value: isinstance(value, dict)),
     "distiller": _Entry("a dict of tensors", lambda value: isinstance(value, dict)),
     "trainer": _Entry("a dict", lambda value: isinstance(value, dict)),
     "rng": _Entry("a list", lambda value: isinstance(value, list)),
@@ -91,7 +108,8 @@ def check_entries(checkpoint: Dict[str, Any]) -> None:
         raise UserError("it holds no weights")
     check_weights(model)
     if own:
-        check_weights(checkpoint.get("distiller", {}))
+        for name in ("distiller", "raw"):
+            check_weights(checkpoint.get(name, {}))
 
 
 def check_weights(weights: Dict[Any, Any]) -> None:

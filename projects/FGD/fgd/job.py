@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from .config import check_config, check_device, checkpoint_config, load_config
 from .data.checks import check_class_count, class_names, matched_by_name
-from .data.contents import describe_sets, registered_set, shared_images
+from .data.contents import describe_names, shared_images
 from .data.datasets import register_from_config
 from .data.settings import check_images, check_sets
 from .distillation.lazy_teacher import trust
@@ -93,7 +93,8 @@ def prepare(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     def registered() -> CfgNode:
         set_up(cfg, args)
         check_sets(cfg, training=not args.eval_only)
-        found = register_from_config(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+        splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST", "VALID")
+        found = register_from_config(cfg, splits)
         if not args.doctor:  # which says it beside everything else
             check_class_count(found)
         return found
@@ -154,7 +155,7 @@ def train(
 
 
 def say_if_shared(cfg: CfgNode) -> None:
-    """Warn, in the main process, of test images that are trained on."""
+    """Warn, in the main process, of images that two of the sets share."""
     text = shared_images(cfg) if comm.is_main_process() else ""
     if text:
         logger.warning(text)
@@ -246,8 +247,7 @@ def write_results(
 
 def tested(cfg: CfgNode) -> Dict[str, str]:
     """Digests of DATASETS.TEST, whose sets are registered; {} without any."""
-    names = cfg.DATASETS.TEST
-    return describe_sets([registered_set(name) for name in names]) if names else {}
+    return describe_names(cfg.DATASETS.TEST)
 
 
 def _without_nan(value):

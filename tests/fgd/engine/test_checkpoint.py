@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fgd.engine import run_folder
-from fgd.engine.checkpoint import SavePeriodically, TrainingCheckpointer, loss_normalizers
+from fgd.engine.checkpoint import TrainingCheckpointer, loss_normalizers
+from fgd.engine.hooks import SavePeriodically
 from fgd.errors import UserError
 from fgd.files import remove_stale_temporaries
 

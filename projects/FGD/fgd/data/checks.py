@@ -56,7 +56,7 @@ def class_names(cfg: CfgNode) -> list[str]:
     Raises:
         UserError: no dataset at all, or two that differ in names or order; shows both.
     """
-    listed = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    listed = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.VALID]
     datasets = [name for name in listed if name in DatasetCatalog.list()]
     if not datasets:
         raise UserError(f"no registered dataset tells the class names (DATASETS lists {listed})")

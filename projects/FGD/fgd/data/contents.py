@@ -16,6 +16,7 @@ from ..files import file_sha256
 __all__ = [
     "ImageSet",
     "chosen_images",
+    "describe_names",
     "describe_sets",
     "registered_set",
     "shared_between",
@@ -70,18 +71,34 @@ def describe_sets(sets: Sequence[ImageSet]) -> Dict[str, str]:
     return {"annotations": annotations, "images": set_digest(files)}
 
 
+def describe_names(names: Sequence[str]) -> Dict[str, str]:
+    """The same of registered names; {} without any."""
+    return describe_sets([registered_set(name) for name in names]) if names else {}
+
+
 def shared_images(cfg: CfgNode) -> str:
-    """A sentence on test images that are in the training set too, "" if none is.
+    """A sentence on test images that are in the training set too, and so for the validation set;
+    "" if none is.
 
     Args:
         cfg: with registered datasets.
     """
-    train, test = ([registered_set(x) for x in cfg.DATASETS[key]] for key in ("TRAIN", "TEST"))
-    return shared_between(train, test)
+    sets = {x: [registered_set(name) for name in cfg.DATASETS[x]] for x in _NAMES}
+    pairs = [("TRAIN", "TEST"), ("TRAIN", "VALID"), ("TEST", "VALID")]
+    found = [shared_between(sets[a], sets[b], _NAMES[a], _NAMES[b]) for a, b in pairs]
+    return "; ".join(filter(None, found))
 
 
-def shared_between(train: Sequence[ImageSet], test: Sequence[ImageSet]) -> str:
-    """The same of sets that need not be registered."""
+_NAMES = {"TRAIN": "training", "TEST": "test", "VALID": "validation"}
+
+
+def shared_between(
+    train: Sequence[ImageSet],
+    test: Sequence[ImageSet],
+    training_name: str = "training",
+    test_name: str = "test",
+) -> str:
+    """The same of two sets that need not be registered."""
     trained, tested = ([path for own in sets for path in own.files] for sets in (train, test))
     same = equal_files(look_up(tested), look_up(trained))
     if not same:
@@ -91,6 +108,6 @@ def shared_between(train: Sequence[ImageSet], test: Sequence[ImageSet]) -> str:
     example = one_line(ours if ours == theirs else f"{ours} is {theirs}")
     every = "all" if len(same) == len(tested) else f"{len(same)} of"
     return (
-        f"{every} {len(tested)} test images are in the training set too (the first: {example}), so "
-        "AP says little of other images"
+        f"{every} {len(tested)} {test_name} images are in the {training_name} set too (the first: "
+        f"{example}), so AP says little of other images"
     )

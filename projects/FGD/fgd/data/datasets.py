@@ -43,13 +43,18 @@ def add_data_config(cfg: CfgNode) -> None:
     """
     cfg.DATASETS.TRAIN = tuple(cfg.DATASETS.TRAIN) or ("shapes_train",)
     cfg.DATASETS.TEST = tuple(cfg.DATASETS.TEST) or ("shapes_test",)
+    # If named, what is evaluated while training (TEST.EVAL_PERIOD), logged as "valid/...", and what
+    # SOLVER.KEEP_BEST chooses by. DATASETS.TEST is then evaluated at the end only.
+    cfg.DATASETS.VALID = ()
     node = cfg.DATASETS.JSON = type(cfg)()
-    # COCO-format files. When set they become DATASETS.TRAIN / DATASETS.TEST. "" = unused.
+    # COCO-format files. When set they become DATASETS.TRAIN / TEST / VALID. "" = unused.
     node.TRAIN = ""
     node.TEST = ""
+    node.VALID = ""
     # Image folders. "" = "images" beside the JSON or one folder up, else the JSON's own folder.
     node.TRAIN_IMAGES = ""
     node.TEST_IMAGES = ""
+    node.VALID_IMAGES = ""
     # Train on so many images, evenly spaced in the order of their ids; 0 = all. For studies of
     # few labels: every arm and seed gets the same images.
     node.TRAIN_LIMIT = 0
@@ -75,7 +80,7 @@ def add_data_config(cfg: CfgNode) -> None:
             node[field.name.upper()] = field.default
 
 
-def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
+def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST", "VALID")) -> CfgNode:
     """Make the datasets of the config usable; call it in each process, as often as you like.
 
     Generated shapes are written by the main process first. Boxes that no detector can use are
@@ -85,8 +90,8 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
     Args:
         splits: ("TEST",) leaves DATASETS.TRAIN as it is, for evaluation without training data.
     Returns:
-        A clone whose DATASETS.TRAIN and TEST name registered datasets. The names of JSON sets hold
-        a digest of file and folder, so two sets never share one.
+        A clone whose DATASETS.TRAIN, TEST and VALID name registered datasets. The names of JSON
+        sets hold a digest of file and folder, so two sets never share one.
     Raises:
         UserError: a file or folder is missing or empty, is not COCO format, a mask is missing or
             not in INPUT.MASK_FORMAT, or a name is unknown. Raised by all processes, also when only
@@ -107,7 +112,7 @@ def register_from_config(cfg: CfgNode, splits=("TRAIN", "TEST")) -> CfgNode:
 
 
 def image_sets(cfg: CfgNode, split: str) -> List[ImageSet]:
-    """The sets of DATASETS.TRAIN or TEST; annotations of the user's JSON are not read for it.
+    """The sets of DATASETS.TRAIN, TEST or VALID, without the annotations of a user's JSON.
 
     Raises:
         UserError: as `register_from_config`.

@@ -37,7 +37,8 @@ def register_json(
     """Check and register one JSON under a name that belongs to it alone.
 
     Args:
-        cfg: None for boxes only. split: "TRAIN" or "TEST". prefix: of the name, "" = the file's.
+        cfg: None for boxes only. split: "TRAIN", "TEST" or "VALID".
+        prefix: of the name, "" = the file's.
     """
     json_file = os.path.abspath(os.path.expanduser(json_file))
     folder = image_folder(json_file, images)

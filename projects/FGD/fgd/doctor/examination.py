@@ -125,7 +125,7 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
 
 
 def _data(cfg: CfgNode, records: List[dict], names: List[str], shared: str) -> Finding:
-    sets = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    sets = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.VALID])
     files = {name: MetadataCatalog.get(name).get("coco_file") for name in sets}
     files = {name: file for name, file in files.items() if file is not None}
     return dataset.check_data(records, names, files, shared)

@@ -2,6 +2,8 @@
 
 Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts only):
     model         the student's state dict
+    raw           with SOLVER.EMA_DECAY, where "model" is the average: the weights that are trained,
+                  those that differ
     distiller     state dict of the trained distillation modules; {} without distillation
     config        yaml that builds the student;   full_config: yaml of the training run
     classes       class names
@@ -9,6 +11,8 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
                   timm has fetched "timm:NAME" and the hash of the tensors; None without a teacher
     data          {"annotations", "images"}: digests of the training set that the run began with,
                   see `fgd.data.contents.describe_sets`; None where none is registered
+    best          in model_best.pth, see `fgd.engine.best`: "metric", "figure", "iteration", and the
+                  digests of the sets that were evaluated
     iteration     index of the last finished iteration
     trainer       optimizer, schedule, AMP scaler, data seed, the last values of what is logged, and
                   "loss_normalizers" of each rank
@@ -25,14 +29,13 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
 from .. import compat
 from ..checkpoint_entries import FORMAT, check_kinds
 from ..config import META_ARCHITECTURE, student_config
-from ..data.contents import describe_sets, registered_set
+from ..data.contents import describe_names
 from ..distillation.config import needs_teacher
 from ..distillation.teacher import describe_teacher
 from ..errors import UserError
@@ -41,7 +44,9 @@ from ..processes import rng
 from ..processes.together import on_every_process, on_main_process
 from ..weights import read_weights
 from . import run_folder
+from .average import Average
 from .config_change import check_changes
+from .results import BEST
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +77,7 @@ def _describe_data(cfg: CfgNode) -> Optional[Dict[str, str]]:
     names = list(cfg.DATASETS.TRAIN)
     if not names or not set(names) <= set(DatasetCatalog.list()):
         return None
-    return describe_sets([registered_set(name) for name in names])
+    return describe_names(names)
 
 
 def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
@@ -91,10 +96,21 @@ class TrainingCheckpointer(DetectionCheckpointer):
         header: entries of each file that stay as they are (`describe_run`).
         trainer: has ``state_dict`` and ``load_state_dict``; without it only weights are saved.
         keep: how many periodic checkpoints to keep; 0 = all.
+        average: of the student, or None.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str, *, header: dict, trainer=None, keep=0):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str,
+        *,
+        header: dict,
+        trainer=None,
+        keep: int = 0,
+        average: Optional[Average] = None,
+    ):
         super().__init__(model, save_dir)
+        self.average = average
         self.header, self.trainer, self.keep = header, trainer, keep
         self.last_saved = -1  # iteration of the file written last
         self.student = student_of(model)
@@ -109,20 +125,32 @@ class TrainingCheckpointer(DetectionCheckpointer):
             UserError: on all ranks: it cannot be written. Earlier files and `last_checkpoint` are
                 as before, and nothing else is left behind.
         """
+        self._save_together(f"{name}.pth", extra)
+        self.last_saved = extra.get("iteration", -1)
+
+    def save_best(self, record: dict) -> None:
+        """Write `BEST`, which `last_checkpoint` never names; otherwise as `save`.
+
+        Args:
+            record: the file's "best".
+        """
+        self._save_together(BEST, {"iteration": record["iteration"], "best": record})
+
+    def _save_together(self, name: str, extra: dict) -> None:
         ranks = comm.gather((rng.get_state(), loss_normalizers(self.student)))
         on_main_process(lambda: self._write(name, ranks, extra))
-        self.last_saved = extra.get("iteration", -1)
 
     def _write(self, name: str, ranks: list, extra: dict) -> None:
         if not (self.save_dir and self.save_to_disk):
             return
         data = self._content(ranks, extra)
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        path = os.path.join(self.save_dir, name)
         logger.info(f"Saving checkpoint to {path}")
         try:
             atomic_write(path, lambda file: save_sealed(data, file))
-            self.tag_last_checkpoint(f"{name}.pth")
-            run_folder.delete_old_checkpoints(self.save_dir, f"{name}.pth", self.keep)
+            if name != BEST:
+                self.tag_last_checkpoint(name)
+                run_folder.delete_old_checkpoints(self.save_dir, name, self.keep)
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.save_dir).free
             raise UserError(
@@ -150,6 +178,10 @@ class TrainingCheckpointer(DetectionCheckpointer):
 
     def _content(self, ranks: list, extra: dict) -> dict:
         data = {**self.header, **self._weights(), **extra}
+        if self.average is not None:
+            averages = self.average.state_dict()
+            data["raw"] = {name: data["model"][name] for name in averages}
+            data["model"].update(averages)
         data["rng"] = [state for state, _ in ranks]
         if self.trainer is not None:
             data["trainer"] = self.trainer.state_dict()
@@ -208,7 +240,7 @@ class TrainingCheckpointer(DetectionCheckpointer):
             allow=allow_changes,
         )
         try:
-            _load(self.student, data["model"])
+            self._resume_student(data)
             if self.distillation:
                 _load(self.distillation, data["distiller"])
             self.trainer.load_state_dict(data["trainer"])
@@ -221,6 +253,17 @@ class TrainingCheckpointer(DetectionCheckpointer):
         if not changed and data.get("data"):
             self.header["data"] = data["data"]  # what it began with, should images be others now
         return Resumed(path, data["iteration"], changed)
+
+    def _resume_student(self, data: dict) -> None:
+        _load(self.student, data["model"])
+        if self.average is not None:
+            self.average.restart()
+        raw = data.get("raw")
+        # What was averaged and no longer is goes on with what was trained. A run that has ended is
+        # evaluated, and that is of the file's model.
+        if raw and (self.average is not None or data["iteration"] + 1 < self.trainer.max_iter):
+            data["model"].update(raw)
+            _load(self.student, data["model"])
 
     def _resume_rank(self, data: dict) -> None:
         if len(data["rng"]) != comm.get_world_size():
@@ -237,22 +280,6 @@ class Resumed(NamedTuple):
     path: str
     iteration: int  # the last finished one
     changed: bool  # whether the training is altered from there on
-
-
-class SavePeriodically(hooks.PeriodicCheckpointer):
-    """Detectron2's hook; with ``ignore_errors`` only a failure at the end stops the training."""
-
-    def __init__(self, checkpointer: TrainingCheckpointer, period: int, *, ignore_errors: bool):
-        super().__init__(checkpointer, period)
-        self.ignore_errors = ignore_errors
-
-    def step(self, iteration: int, **kwargs) -> None:
-        try:
-            super().step(iteration, **kwargs)
-        except UserError as error:
-            if not self.ignore_errors or iteration >= self.max_iter - 1:
-                raise
-            logger.warning(f"SOLVER.IGNORE_SAVE_ERRORS: training goes on, UNSAVED. {error}")
 
 
 def _load(module: nn.Module, weights: dict) -> None:

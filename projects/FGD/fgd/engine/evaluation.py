@@ -47,6 +47,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
     return DatasetEvaluators([StopBeforeScoring(), evaluator])
 
 
+def on_validation_set(cfg: CfgNode) -> CfgNode:
+    """The config whose test set is DATASETS.VALID."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = cfg.DATASETS.VALID
+    return cfg
+
+
 def check_same_ap(found: dict, path: str) -> None:
     """Compare an evaluation with the results.json of the run that has those weights.
 

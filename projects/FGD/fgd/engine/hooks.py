@@ -1,8 +1,16 @@
 """Training hooks of the project."""
 
-from detectron2.engine import HookBase
+import logging
+from contextlib import contextmanager
+from typing import Iterator
+
+from detectron2.engine import HookBase, hooks
 
 from .. import compat
+from ..errors import UserError
+from .checkpoint import TrainingCheckpointer
+
+logger = logging.getLogger(__name__)
 
 
 class LogLevelTotals(HookBase):
@@ -22,3 +30,26 @@ class LogLevelTotals(HookBase):
         storage.put_scalars(**{f"distill/{k}": v * model.factor for k, v in totals.items()})
         # As it is, not the median of the last iterations.
         storage.put_scalar("distillation_factor", model.factor, smoothing_hint=False)
+
+
+class SavePeriodically(hooks.PeriodicCheckpointer):
+    """Detectron2's hook; with ``ignore_errors`` only a failure at the end stops the training."""
+
+    def __init__(self, checkpointer: TrainingCheckpointer, period: int, *, ignore_errors: bool):
+        super().__init__(checkpointer, period)
+        self.ignore_errors = ignore_errors
+
+    def step(self, iteration: int, **kwargs) -> None:
+        with unsaved(ignored=self.ignore_errors and iteration < self.max_iter - 1):
+            super().step(iteration, **kwargs)
+
+
+@contextmanager
+def unsaved(*, ignored: bool) -> Iterator[None]:
+    """Inside, a checkpoint is written; whether it is only said in the log if it cannot be."""
+    try:
+        yield
+    except UserError as error:
+        if not ignored:
+            raise
+        logger.warning(f"SOLVER.IGNORE_SAVE_ERRORS: training goes on, UNSAVED. {error}")

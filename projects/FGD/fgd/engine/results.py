@@ -10,7 +10,7 @@ from fgd_inputs.json_file import number, read_json, shown
 from ..errors import UserError
 from ..weights import weights_sha256
 
-RESULTS, FINAL = "results.json", "model_final.pth"
+RESULTS, FINAL, BEST = "results.json", "model_final.pth", "model_best.pth"
 EVALUATED = "evaluated"  # the entry on what was evaluated
 
 

@@ -19,8 +19,10 @@ _OWN = (
     "MODEL.DISTILLER.TEACHER.CONFIG_FILE",
     "DATASETS.JSON.TRAIN",
     "DATASETS.JSON.TEST",
+    "DATASETS.JSON.VALID",
     "DATASETS.JSON.TRAIN_IMAGES",
     "DATASETS.JSON.TEST_IMAGES",
+    "DATASETS.JSON.VALID_IMAGES",
     "DATASETS.TRAIN_SECOND_IMAGES",
     "DATASETS.SHAPES.ROOT",
     "DATALOADER.NUM_WORKERS",
@@ -53,7 +55,9 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
 def describe_data(cfg: CfgNode) -> Dict[str, str]:
     """Digests of the registered datasets of the config, see `fgd.data.contents.describe_sets`."""
     return {
-        f"the data of DATASETS.{split}": _digest(cfg.DATASETS[split]) for split in ("TRAIN", "TEST")
+        f"the data of DATASETS.{split}": _digest(cfg.DATASETS[split])
+        for split in ("TRAIN", "TEST", "VALID")
+        if cfg.DATASETS[split]
     }
 
 

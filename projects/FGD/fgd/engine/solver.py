@@ -28,6 +28,12 @@ def add_solver_config(cfg: CfgNode) -> None:
     # A periodic checkpoint that cannot be written, say on a full disk, stops the training. True:
     # only warn, and try again a period later. The final one must be written in any case.
     cfg.SOLVER.IGNORE_SAVE_ERRORS = False
+    # Evaluate and save the exponential moving average of the student's weights, see
+    # `fgd.engine.average`; customary are 0.999 to 0.9999. 0 = the weights themselves.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Keep the checkpoint of the best evaluation as model_best.pth, by a metric such as "bbox/AP" of
+    # DATASETS.VALID or, without that, of DATASETS.TEST. Needs TEST.EVAL_PERIOD. "" = do not.
+    cfg.SOLVER.KEEP_BEST = ""
 
 
 def check_solver(cfg: CfgNode) -> None:
@@ -43,6 +49,7 @@ def check_solver(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.KEEP_CHECKPOINTS: {solver.KEEP_CHECKPOINTS} is not a number of files, or 0"
         )
+    _check_chosen(cfg)
     allowed = (*compat.clip_types(), FULL_MODEL)
     if solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE not in allowed:
         raise UserError(
@@ -53,6 +60,31 @@ def check_solver(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.AMP.ENABLED: mixed precision needs CUDA, but MODEL.DEVICE is "
             f"{cfg.MODEL.DEVICE!r}; set SOLVER.AMP.ENABLED False"
+        )
+
+
+def _check_chosen(cfg: CfgNode) -> None:
+    """The same of what becomes a checkpoint's model, and of the checkpoint that is kept."""
+    decay, metric = cfg.SOLVER.EMA_DECAY, cfg.SOLVER.KEEP_BEST
+    if not 0 <= decay < 1:
+        raise UserError(
+            f"SOLVER.EMA_DECAY: {decay} is not in [0, 1); customary are 0.999 to 0.9999, 0 is off"
+        )
+    if decay and cfg.TEST.PRECISE_BN.ENABLED:
+        raise UserError(
+            f"SOLVER.EMA_DECAY {decay}: TEST.PRECISE_BN measures batch norms for the weights that "
+            "are trained, not for their average; set TEST.PRECISE_BN.ENABLED False"
+        )
+    if metric and cfg.TEST.EVAL_PERIOD <= 0:
+        raise UserError(
+            f"SOLVER.KEEP_BEST {metric}: TEST.EVAL_PERIOD is {cfg.TEST.EVAL_PERIOD}, so nothing is "
+            "evaluated before the end; set it to a number of iterations"
+        )
+    data = cfg.DATASETS
+    if metric and not (data.JSON.VALID or data.VALID or data.JSON.TEST or data.TEST):
+        raise UserError(
+            f"SOLVER.KEEP_BEST {metric}: nothing is evaluated; DATASETS.JSON.VALID names the set "
+            "to choose by"
         )
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from contextlib import nullcontext
 from typing import Sequence
 
 import torch
@@ -28,9 +29,11 @@ from ..processes.together import check_alike, on_every_process, on_main_process
 from ..weights import load_complete, weights_sha256
 from . import evaluation, run_folder, solver
 from .adaptive import adaptive_hooks
-from .checkpoint import SavePeriodically, TrainingCheckpointer, describe_run, student_of
+from .average import Average
+from .best import KeepBest, check_metric
+from .checkpoint import TrainingCheckpointer, describe_run, student_of
 from .history import ContinueMetrics, repair_metrics
-from .hooks import LogLevelTotals
+from .hooks import LogLevelTotals, SavePeriodically
 from .same_start import describe_start
 from .step import AMPStep, RunningStatistics, SimpleStep
 
@@ -62,6 +65,7 @@ class FGDTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         solver.check_solver(cfg)
+        check_metric(cfg)
         logging.getLogger("detectron2.engine.train_loop").addFilter(_NoTraceback())
         if comm.is_main_process():
             remove_stale_temporaries(cfg.OUTPUT_DIR)
@@ -71,14 +75,19 @@ class FGDTrainer(DefaultTrainer):
         self._trainer = step(compat.wrap_ddp(model), self.stream, optimizer)
         self._statistics = RunningStatistics(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        decay = cfg.SOLVER.EMA_DECAY
+        self.average = Average(student_of(model), decay) if decay else None
         self.checkpointer = TrainingCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             header=header,
             trainer=weakref.proxy(self),
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            average=self.average,
         )
+        self.best = KeepBest(cfg, self.checkpointer)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self._finished = 0  # iterations
         self.resumed_from = ""
         self.cfg, self.extra_hooks = cfg, extra_hooks
         self.register_hooks(self.build_hooks())
@@ -106,7 +115,8 @@ class FGDTrainer(DefaultTrainer):
         base_lrs = list(self.scheduler.base_lrs)
         resumed = self.checkpointer.resume_newest(allow_changes=allow_changes) if resume else None
         if resumed:
-            self.start_iter = self.stream.start = self.iter + 1
+            self.start_iter = self.stream.start = self._finished = self.iter + 1
+            self.best.resume(resumed)
             self.resumed_from = resumed.path
             if resumed.changed:
                 self._adopt_solver(fresh, base_lrs)
@@ -123,6 +133,8 @@ class FGDTrainer(DefaultTrainer):
         on_every_process(lambda: load_student_weights(self.model, self.cfg.MODEL.WEIGHTS))
         if hasattr(compat.unwrap(self.model), "inherit_from_teacher"):
             compat.unwrap(self.model).inherit_from_teacher()
+        if self.average is not None:
+            self.average.restart()
 
     def _adopt_solver(self, groups: list, base_lrs: list) -> None:
         """Learning rate, decay and momentum of the config instead of the checkpoint's."""
@@ -143,7 +155,6 @@ class FGDTrainer(DefaultTrainer):
             StoppedError: a signal asked for it; the state is saved. All ranks raise it.
             DivergedError: see `run_step`.
         """
-        self._finished = self.start_iter  # iterations
         # What a method draws follows from it, in a resumed run too.
         compat.unwrap(self.model).seed = self.stream.seed
         # Not when resuming: a run with nothing left to do keeps the line of its last evaluation.
@@ -207,6 +218,8 @@ class FGDTrainer(DefaultTrainer):
                 "SOLVER.BASE_LR too high, too short a warm-up, too large distillation weights, or "
                 "no pretrained MODEL.WEIGHTS"
             ) from error
+        if self.average is not None:
+            self.average.update(self.iter)
         self._finished = self.iter + 1
 
     def _save_diverged(self, *, together: bool) -> str:
@@ -238,13 +251,32 @@ class FGDTrainer(DefaultTrainer):
             ignore_errors=self.cfg.SOLVER.IGNORE_SAVE_ERRORS,
         )
         before_eval = next(i for i, x in enumerate(ret) if isinstance(x, hooks.EvalHook))
-        ret[before_eval:before_eval] = [saving, StopBetweenSteps()]
+        own = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        ret[before_eval : before_eval + 1] = [saving, StopBetweenSteps(), own]
         self._continue_metrics = ContinueMetrics()
         return [*ret, self._continue_metrics]
+
+    def _evaluate(self) -> dict:
+        """Evaluate what a checkpoint's model is, and keep it if it is the best.
+
+        Returns:
+            What is to be logged: of DATASETS.VALID as "valid"; without that set, and at the end, of
+            DATASETS.TEST.
+        """
+        data, found = self.cfg.DATASETS, {}
+        with nullcontext() if self.average is None else self.average.in_use():
+            if data.VALID:
+                found["valid"] = self.test(evaluation.on_validation_set(self.cfg), self.model)
+            if not data.VALID or self._finished >= self.max_iter:
+                self._last_eval_results = self.test(self.cfg, self.model)
+                found.update(self._last_eval_results)
+        self.best.consider(found["valid"] if data.VALID else found, self._finished - 1)
+        return found
 
     def state_dict(self) -> dict:
         # Iteration and hooks, one of which has the schedule. v0.6 saves no more than that.
         ret = TrainerBase.state_dict(self)
+        ret["iteration"] = self._finished - 1  # at the end Detectron2 counts one more
         ret["optimizer"] = self.optimizer.state_dict()
         if hasattr(self._trainer, "grad_scaler"):
             ret["grad_scaler"] = self._trainer.grad_scaler.state_dict()
