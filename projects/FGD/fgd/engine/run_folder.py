@@ -114,15 +114,15 @@ def _iteration(path: str) -> int:
     return found if isinstance(found, int) else -1
 
 
-def recorded(folder: str) -> dict:
-    """What the checkpoint that `last_checkpoint` names says of its run, unproved.
+def recorded(folder: str, name: str = "") -> dict:
+    """What a checkpoint says of its run, unproved; without a name the one of `last_checkpoint`.
 
     Returns:
-        "full_config", "data" and "teacher", those that are there.
+        "full_config", "data", "teacher" and "best", those that are there.
     """
-    name, _ = _read_pointer(folder)
+    name = name or _read_pointer(folder)[0]
     found = _peek(os.path.join(folder, name)) if name else {}
-    kinds = {"full_config": str, "data": dict, "teacher": dict}
+    kinds = {"full_config": str, "data": dict, "teacher": dict, "best": dict}
     return {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
 
 

@@ -17,6 +17,8 @@ no-relation) or all but one (only-foreground ...).
 Several teachers in a row: stages (every config of --stages from the student of the one before) and
 single-long (the last of these alone, for the iterations of all).
 
+--select best reports each student by the checkpoint that a validation set chose.
+
 An arm that names a method measures MODEL.DISTILLER.FACTOR at the start of each run, as --balance of
 train_net.py does, unless --factor gives one or MODEL.DISTILLER.FACTOR is among the options.
 
@@ -50,6 +52,7 @@ from .plan import plan, study_stages
 from .report import sections
 from .run import Run
 from .runs import Failure, Runner, gpus
+from .select import keeping_best, selected
 from .stages import Stage, not_inheriting, stage_rows, wrong_starts
 from .summary import changes, summarize
 
@@ -87,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CONFIG,CONFIG,...",
         help=f"distillation configs, each with its own teacher, for the arms {STAGES} and {SINGLE}",
     )
+    parser.add_argument(
+        "--select",
+        choices=("last", "best"),
+        default="last",
+        help="checkpoint of each student that is reported on the test set: its last, or the one "
+        "that is best on the validation set (DATASETS.JSON.VALID) by SOLVER.KEEP_BEST",
+    )
     parser.add_argument("--seeds", default="0", help="for example 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
     parser.add_argument(
@@ -123,6 +133,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _study(args: argparse.Namespace) -> int:
     opts = _options(args.opts)
+    if args.select == "best":
+        opts = keeping_best(args.config_file, opts)
     arms = args.arms.split(",")
     cfg = study_config(args.config_file, opts)
     seeds, factors = _seeds(args.seeds), given_factors(args.factor, arms, opts)
@@ -130,6 +142,7 @@ def _study(args: argparse.Namespace) -> int:
     stages = study_stages(files, args.config_file, args.teacher, args.output, opts)
     planned = args.config_file, args.teacher, arms, seeds, args.output, opts
     runs = plan(*planned, factors=factors, stages=stages)
+    runs = selected(runs) if args.select == "best" else runs
     check_finished(runs)
     runs = with_test_data(runs, cfg)
     for line in not_inheriting(stages):

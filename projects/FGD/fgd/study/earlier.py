@@ -8,8 +8,8 @@ from detectron2.config import CfgNode
 from ..config import load_config
 from ..data.contents import describe_sets
 from ..data.datasets import image_sets
-from ..engine.config_change import result_changes
-from ..engine.results import file_digest
+from ..engine.config_change import differences, result_changes
+from ..engine.results import BEST, file_digest
 from ..engine.run_folder import recorded
 from ..errors import UserError
 from .arms import LONG
@@ -17,6 +17,7 @@ from .factors import KEY
 from .files import has_results, was_given_factor
 from .run import Run
 
+_PERIOD = "TEST.EVAL_PERIOD"
 _WAYS_OUT = "use another --output, or delete that folder"
 
 
@@ -31,10 +32,13 @@ def check_finished(runs: Sequence[Run]) -> None:
                 f"{run}: begun in {run.folder} with a given {KEY}, and now it is to be measured; "
                 f"give it again (--factor), {_WAYS_OUT}"
             )
-        before = "" if run.eval_only or not has_results(run) else _recorded_config(run)
+        before = "" if run.eval_only or not has_results(run.trained) else _recorded_config(run)
         if not before:
             continue
-        changes = result_changes(before, _config(run).dump())
+        now = _config(run).dump()
+        changes = result_changes(before, now)
+        if run.select:  # among how many checkpoints it was chosen
+            changes |= {k: v for k, v in differences(before, now).items() if k == _PERIOD}
         if run.arm == LONG:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
         if run.balance:  # it has what was measured then
@@ -80,7 +84,10 @@ def with_test_data(runs: Sequence[Run], cfg: CfgNode) -> List[Run]:
             key = own.DATASETS.dump() + ("" if node.TRAIN and node.TEST else own.OUTPUT_DIR)
             if key not in known:
                 known[key] = {split: _digests(own, split) for split in ("TRAIN", "TEST")}
-            _check_data(run, header.get("data", {}), known[key]["TRAIN"])
+            _check_data(run, header.get("data", {}), known[key]["TRAIN"], "training")
+            if run.select:
+                best = recorded(str(run.folder), BEST).get("best", {})
+                _check_data(run, best, _digests(own, "VALID"), "validation")
             _check_teacher(run, header.get("teacher", {}).get("sha256"), own)
             run = run._replace(tested=known[key]["TEST"])
         checked.append(run)
@@ -95,11 +102,11 @@ def _digests(cfg: CfgNode, split: str) -> Dict[str, str]:
         return {}  # a run that needs them says so
 
 
-def _check_data(run: Run, began: Dict[str, str], now: Dict[str, str]) -> None:
+def _check_data(run: Run, began: Dict[str, str], now: Dict[str, str], what: str) -> None:
     other = [key for key in began if key in now and now[key] != began[key]]
     if other:
         raise UserError(
-            f"{run}: begun in {run.folder} with other training data than are there now "
+            f"{run}: begun in {run.folder} with other {what} data than are there now "
             f"({' and '.join(other)} differ); bring them back, {_WAYS_OUT}"
         )
 

@@ -11,6 +11,7 @@ from ..distillation.config import teacher_name
 from .arms import LONG, SINGLE, STAGES, TEACHER
 from .comparisons import LEVEL
 from .run import Run
+from .select import select_facts
 from .stages import Stage, not_inheriting
 
 
@@ -41,6 +42,7 @@ def facts(
             f"MODEL.DISTILLER.FACTOR of {', '.join(balanced)} was measured at the start of each "
             "run (train_net.py --balance)."
         )
+    lines += select_facts(runs, cfg)
     lines += long_facts(measured, rows) + stage_facts(args.arms.split(","), stages)
     return [
         *lines,

@@ -7,7 +7,7 @@ from typing import Any, List, Optional
 from fgd_inputs.json_file import number, read_json
 
 from ..config import META_ARCHITECTURE
-from ..engine.results import FINAL, RESULTS, evaluated_otherwise, read_results, without_ap
+from ..engine.results import RESULTS, evaluated_otherwise, read_results, without_ap
 from ..errors import UserError
 from ..files import atomic_write
 from ..yaml_config import leaves, parse_yaml
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def has_results(run: Run) -> bool:
     """Whatever they are of."""
-    return (run.folder / RESULTS).exists()
+    return (run.reported / RESULTS).exists()
 
 
 def is_finished(run: Run) -> bool:
@@ -57,9 +57,8 @@ def disbelieved(run: Run) -> str:
     """Why the results that are there do not count, "" if they do, as far as is known."""
     if not has_results(run):
         return ""
-    weights = run.opts["MODEL.WEIGHTS"] if run.eval_only else str(run.folder / FINAL)
-    reason = evaluated_otherwise(read_result(run), weights, run.tested)
-    return reason and f"{run}: {run.folder / RESULTS} {reason}"
+    reason = evaluated_otherwise(read_result(run), run.weights, run.tested)
+    return reason and f"{run}: {run.reported / RESULTS} {reason}"
 
 
 def read_minutes(run: Run) -> Optional[float]:
@@ -69,7 +68,7 @@ def read_minutes(run: Run) -> Optional[float]:
 
 def read_result(run: Run) -> dict:
     """results.json of a run that has one: {"iteration", "bbox": {"AP": ...}, ...}, in percent."""
-    return read_results(str(run.folder / RESULTS))
+    return read_results(str(run.reported / RESULTS))
 
 
 def no_ap(run: Run) -> List[str]:

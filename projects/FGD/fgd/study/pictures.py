@@ -78,7 +78,7 @@ def distilled_maps(run: Run, images: int) -> List[Figure]:
         UserError: checkpoint or teacher are not those of the run, or are gone.
     """
     teacher = run.opts.get("MODEL.DISTILLER.TEACHER.WEIGHTS", "")  # not all methods need one
-    distiller, cfg = open_run(str(run.folder / "model_final.pth"), teacher)
+    distiller, cfg = open_run(run.weights, teacher)
     options = [word for pair in run.opts.items() for word in pair]  # the data may have moved
     cfg.DATASETS = load_config(run.config_file, options).DATASETS
     cfg.OUTPUT_DIR = str(run.folder)  # generated pictures are there

@@ -53,6 +53,8 @@ def summary_table(rows: Sequence[dict], kind: str) -> List[List[str]]:
     if any(row["factors"] for row in rows):
         columns["factor"] = lambda row: each(row["factors"])
     columns["iterations"] = lambda row: str(row["iterations"] or NONE)
+    if any("chosen" in row for row in rows):
+        columns["chosen at"] = lambda row: each(row.get("chosen", []))
     columns["minutes each"] = lambda row: number(row["minutes"])
     if student:
         columns["step time"] = lambda row: number(row["seconds"] and row["seconds"] / student, 2)
@@ -175,7 +177,8 @@ def _by_class(compared: Sequence[dict], kind: str) -> List[Section]:
 _SUMMARY = (
     "COCO AP in percent on the test images, mean ± standard deviation over the seeds. Gap closed: "
     "how far an arm's mean gets from the student's to the teacher's. Factor: the runs' "
-    "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Minutes: by the clock, "
+    "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Chosen at: after how many "
+    "iterations the checkpoints were that a validation set chose. Minutes: by the clock, "
     "whatever else the machine was doing. Step time: median seconds per iteration, over the "
     "student's.",
 )

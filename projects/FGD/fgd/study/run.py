@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Dict, NamedTuple, Sequence, Set, Tuple
 
+from ..engine.results import BEST, FINAL
 from .arms import TEACHER
 
 
@@ -14,6 +15,7 @@ class Run(NamedTuple):
         eval_only: of a teacher that is there already.
         balance: measures MODEL.DISTILLER.FACTOR at its start.
         before: the runs of a chain that come before this one, which starts from the last of them.
+        select: it is reported by its best checkpoint, not by its last one.
         tested: digests of the test data that its results have to be of; {} = not known.
     """
 
@@ -27,9 +29,27 @@ class Run(NamedTuple):
     balance: bool = False
     before: Tuple["Run", ...] = ()
     tested: Dict[str, str] = {}
+    select: bool = False
 
     def __str__(self) -> str:
         return self.arm if self.arm == TEACHER else f"{self.arm}, seed {self.seed}"
+
+    @property
+    def trained(self) -> "Run":
+        """The training alone, whose results are of its last checkpoint."""
+        return self._replace(select=False)
+
+    @property
+    def reported(self) -> Path:
+        """The folder that has its results."""
+        return self.folder / "best" if self.select else self.folder
+
+    @property
+    def weights(self) -> str:
+        """The checkpoint that its results are of."""
+        if self.eval_only:
+            return self.opts["MODEL.WEIGHTS"]
+        return str(self.folder / (BEST if self.select else FINAL))
 
     @property
     def chain(self) -> Tuple["Run", ...]:

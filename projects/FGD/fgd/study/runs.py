@@ -53,6 +53,7 @@ class Job(NamedTuple):
     process: subprocess.Popen
     gpu: str  # "" = none
     started: float
+    training: bool  # not the evaluation of what it has chosen
 
 
 def gpus(device: str, environ: Mapping[str, str] = os.environ) -> List[str]:
@@ -137,7 +138,7 @@ class Runner:
             raise UserError("not started, there is no teacher")
         if lost:
             raise UserError(f"not started, {lost[0]} has no results")
-        command = self.command(run)
+        command, training = self.command(run), not _is_to_be_chosen(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         write_measured(run)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -154,7 +155,7 @@ class Runner:
                 # Ctrl-C goes to the study alone, which then stops each run once.
                 start_new_session=True,
             )
-        return Job(run, process, gpu, time.perf_counter())
+        return Job(run, process, gpu, time.perf_counter(), training)
 
     def _free_gpu(self) -> str:
         """The GPU with the fewest runs on it; "" without GPUs."""
@@ -162,23 +163,29 @@ class Runner:
         return min(self.gpus, key=used.count, default="")
 
     def command(self, run: Run) -> List[str]:
-        """The training command of a run, as a shell would take it.
+        """The command of a run, as a shell would take it: its training, then the evaluation of
+        the checkpoint that a validation set chose, if one is to choose.
 
         Raises:
-            UserError: nothing says how long `student-long` is; or the teacher has no config.
+            UserError: nothing says how long `student-long` is; the teacher has no config; or the
+                training has chosen nothing.
         """
         options = {"SEED": str(run.seed), "OUTPUT_DIR": str(run.folder), **run.opts}
         if run.arm == LONG:
             measured = budget.long_budget(self.runs, self.cfg, self.output)
             options.update(budget.long_schedule(measured, self.cfg))
         words = [sys.executable, "-c", "from fgd.cli import main; raise SystemExit(main())"]
-        if run.eval_only:
+        if _is_to_be_chosen(run):
+            if not os.path.exists(run.weights):
+                raise UserError(f"there is no {run.weights}: no evaluation gave a figure")
+            options.update({"OUTPUT_DIR": str(run.reported), "MODEL.WEIGHTS": run.weights})
+            words.append("--eval-only")
+        elif run.eval_only:
             write_text(Path(run.config_file), _evaluated_config(self.cfg))
             words.append("--eval-only")
         else:
             words += ["--resume", *(["--balance"] if run.balance else [])]
-        if run.before:
-            words += ["--starts-as", str(run.before[-1].folder / RESULTS)]
+            words += ["--starts-as", str(run.before[-1].folder / RESULTS)] if run.before else []
         words += ["--config-file", run.config_file]
         return words + [word for pair in options.items() for word in pair]
 
@@ -193,6 +200,9 @@ class Runner:
             _add_minutes(job)
             if code == 0 and is_finished(job.run):
                 _announce(job.run)
+                continue
+            if code == 0 and job.training and _is_to_be_chosen(job.run):
+                self.waiting.insert(0, job.run)
                 continue
             log = (job.run.folder / CONSOLE).read_text(errors="replace").strip().splitlines()
             reason = f"exit code {code}: {log[-1] if log else 'no output'}"
@@ -217,6 +227,11 @@ class Runner:
         self.running = []
 
 
+def _is_to_be_chosen(run: Run) -> bool:
+    """Whether its training has ended, and the best of it is what is reported."""
+    return run.select and is_finished(run.trained)
+
+
 def _add_minutes(job: Job) -> None:
     spent = (time.perf_counter() - job.started) / 60
     try:
@@ -228,7 +243,7 @@ def _add_minutes(job: Job) -> None:
 def _announce(run: Run) -> None:
     result = read_result(run)
     found = [f"{kind} AP {_one_place(result[kind]['AP'])}" for kind in kinds(result)]
-    print(f"{run}: {', '.join(found) or 'nothing evaluated'} in {run.folder}", flush=True)
+    print(f"{run}: {', '.join(found) or 'nothing evaluated'} in {run.reported}", flush=True)
 
 
 def _one_place(value) -> str:

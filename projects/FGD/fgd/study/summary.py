@@ -46,7 +46,8 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
 
     Returns:
         {"arm", "seeds", "iterations", "minutes": mean or None, "seconds": of a step or None,
-        "factors": MODEL.DISTILLER.FACTOR of each seed or [], and per kind ("bbox", "segm"):
+        "factors": MODEL.DISTILLER.FACTOR of each seed or [], with --select best "chosen": the
+        iterations of each seed's best checkpoint, and per kind ("bbox", "segm"):
         {metric: `spread`, "gap closed": percent or None}}; metrics include "AP-<class>".
     """
     rows = []
@@ -65,6 +66,8 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
             "seconds": None if math.isnan(seconds) else seconds,
             "factors": [f for f in map(read_factor, done) if f is not None],
         }
+        if done[0].select:
+            row["chosen"] = [result["iteration"] for result in results]
         for kind in kinds(results[0]):
             names = results[0][kind]
             row[kind] = {name: spread([r[kind][name] for r in results]) for name in names}
@@ -75,7 +78,8 @@ def summarize(runs: Sequence[Run]) -> List[dict]:
 
 def _iterations(run: Run) -> Optional[int]:
     """Of all trainings that made its student."""
-    counts = [read_result(part)["iteration"] for part in run.chain if is_finished(part)]
+    trainings = [part.trained for part in run.chain]
+    counts = [read_result(part)["iteration"] for part in trainings if is_finished(part)]
     return None if None in counts else sum(counts)
 
 
@@ -127,7 +131,7 @@ def ground_truth(cfg: CfgNode) -> dict:
 
 
 def _detections(run: Run, images: AbstractSet) -> List[dict]:
-    path = run.folder / _DETECTIONS
+    path = run.reported / _DETECTIONS
     if not path.exists():
         raise UserError(f"{run}: {path} is missing, so changes cannot be tested")
     found = read_json(str(path), "detections")
