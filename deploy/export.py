@@ -11,7 +11,7 @@ from typing import Dict, Optional, Sequence, Tuple
 import onnx
 
 from deploy.checks.inventory import take_inventory
-from deploy.checks.receipt import chain, environment
+from deploy.checks.receipt import chain, environment, which_checkpoint
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import read_images
 from deploy.checks.verify_report import VerifyReport
@@ -80,6 +80,7 @@ def export(
     inputs = reduction.open(student.classes)
     make_folder(output)
     print(f"config: {student.config_source}")
+    print(f"checkpoint: {which_checkpoint(student.origin)}")
     for key, (count, size_bytes) in student.dropped.items():
         print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
     model, details = _convert(detector, spec)

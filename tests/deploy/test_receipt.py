@@ -2,7 +2,14 @@ import hashlib
 
 import pytest
 
-from deploy.checks.receipt import NO_TEACHER, NOT_RECORDED, chain, environment, origin_of
+from deploy.checks.receipt import (
+    NO_TEACHER,
+    NOT_RECORDED,
+    chain,
+    environment,
+    origin_of,
+    which_checkpoint,
+)
 
 TEACHER = {"weights": "output/teacher/model_final.pth", "sha256": "ab" * 32}
 
@@ -32,6 +39,17 @@ def test_what_older_and_foreign_files_lack_is_not_recorded(content):
         "iterations": None,
     }
     assert origin_of({"teacher": {"weights": "t.pth"}})["teacher"]["sha256"] == NOT_RECORDED
+
+
+def test_the_best_checkpoint_of_a_run_says_its_iteration_and_figure():
+    best = {"metric": "bbox/AP", "figure": 43.218, "iteration": 599, "images": "0"}
+    origin = origin_of({"format": "fgd-1", "iteration": 599, "best": best})
+    made = chain(origin, {"checkpoint_sha256": "c", "graph_sha256": "g"})["checkpoint"]
+    assert made == {"sha256": "c", "iterations": 600, "best": {"bbox/AP": 43.218}}
+    text = "after 600 iterations, the best of its run, bbox/AP 43.22"
+    assert which_checkpoint(origin) == text
+    assert which_checkpoint(origin_of({"iteration": 599})) == "after 600 iterations"
+    assert which_checkpoint(origin_of({"best": 0.5})) == "iterations not recorded"  # anyone's
 
 
 def test_environment_names_what_judged_the_graph():

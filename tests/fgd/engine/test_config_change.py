@@ -37,11 +37,14 @@ ALTERING = {
     "data": ("DATASETS.TRAIN", ("other",)),
     "weight": ("MODEL.DISTILLER.FGD.RELATION_WEIGHT", 1.0),
     "seed": ("SEED", 5),
+    "average": ("SOLVER.EMA_DECAY", 0.9),
 }
 HARMLESS = {
     "folder": ("OUTPUT_DIR", "elsewhere"),
     "period": ("SOLVER.CHECKPOINT_PERIOD", 7),
     "kept": ("SOLVER.KEEP_CHECKPOINTS", 7),
+    "best": ("SOLVER.KEEP_BEST", "bbox/AP"),
+    "validation": ("DATASETS.JSON.VALID", "valid.json"),
     "evaluation": ("TEST.EVAL_PERIOD", 7),
     "test size": ("INPUT.MIN_SIZE_TEST", 640),
     "proposals": ("MODEL.RPN.POST_NMS_TOPK_TEST", 10),

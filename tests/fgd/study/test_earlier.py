@@ -80,8 +80,15 @@ HARMLESS = {
     "SOLVER.IGNORE_SAVE_ERRORS": True,
     "TEST.EVAL_PERIOD": 100,
     "DATASETS.SHAPES.ROOT": "elsewhere",
+    "DATASETS.JSON.VALID": "moved.json",
 }
-OTHER = {"TEST.DETECTIONS_PER_IMAGE": 7, "MODEL.WEIGHTS": "x.pth", "INPUT.MIN_SIZE_TEST": 64}
+OTHER = {
+    "SOLVER.EMA_DECAY": 0.9,
+    "SOLVER.KEEP_BEST": "bbox/AP",
+    "TEST.DETECTIONS_PER_IMAGE": 7,
+    "MODEL.WEIGHTS": "x.pth",
+    "INPUT.MIN_SIZE_TEST": 64,
+}
 
 
 @pytest.mark.parametrize("key", [*HARMLESS, *OTHER])

@@ -92,6 +92,8 @@ class FGDTrainer(DefaultTrainer):
         self.cfg, self.extra_hooks = cfg, extra_hooks
         self.register_hooks(self.build_hooks())
         logger.info(describe_distillation(model))
+        if decay:
+            logger.info(f"SOLVER.EMA_DECAY {decay}: the student's average is evaluated and saved")
 
     def _parts(self, cfg: CfgNode) -> tuple:
         """All that can fail in one process alone: files are read, on each machine its own."""
