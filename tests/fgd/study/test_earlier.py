@@ -81,10 +81,10 @@ HARMLESS = {
     "TEST.EVAL_PERIOD": 100,
     "DATASETS.SHAPES.ROOT": "elsewhere",
     "DATASETS.JSON.VALID": "moved.json",
+    "SOLVER.KEEP_BEST": "bbox/AP",
 }
 OTHER = {
     "SOLVER.EMA_DECAY": 0.9,
-    "SOLVER.KEEP_BEST": "bbox/AP",
     "TEST.DETECTIONS_PER_IMAGE": 7,
     "MODEL.WEIGHTS": "x.pth",
     "INPUT.MIN_SIZE_TEST": 64,

@@ -85,6 +85,7 @@ def test_the_checkpoint_that_was_chosen_is_what_is_reported(
     changed = run._replace(opts={**run.opts, "TEST.EVAL_PERIOD": "2"})
     with pytest.raises(UserError, match="another config .TEST.EVAL_PERIOD: 1 -> 2"):
         check_finished([changed])
+    check_finished([changed.trained])  # whose results are of the last checkpoint
     Image.new("RGB", (96, 64)).save(tmp_path / "valid" / "images" / "0.png")
     with pytest.raises(UserError, match="begun in .* with other validation data than are there"):
         with_test_data([run], study_config(config_file, run.opts))
@@ -153,7 +154,7 @@ def test_longer_arms_have_more_to_choose_from(config_file, tmp_path):
     assert line == (
         f"Each student is the checkpoint of its run with the best bbox/AP on the validation set "
         f"{tmp_path}/valid/data.json, evaluated every 1 iterations; the test set had no part in "
-        "the choice. A teacher is its last checkpoint."
+        "the choice. Chosen at: after so many iterations. A teacher is the checkpoint that teaches."
     )
     lines = select_facts([run, run._replace(arm="student-long")], cfg)
     assert lines[1] == "Longer runs (student-long) have more checkpoints to choose from."

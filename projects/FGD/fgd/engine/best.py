@@ -103,7 +103,7 @@ class KeepBest:
         with unsaved(ignored=self.ignore_errors):
             self.checkpointer.save_best(record)
             self.figure = record["figure"]
-            logger.info(f"{BEST}: {self.metric} {self.figure:.4f} at iteration {iteration}")
+            self._say(record)
 
     def _better(self, results: Mapping, iteration: int) -> Optional[dict]:
         """The record of `BEST` if these results are the best so far."""
@@ -140,5 +140,9 @@ class KeepBest:
                 f"({' and '.join(other)} differ); the next evaluation replaces it"
             )
             return None
-        logger.info(f"{BEST}: {self.metric} {record['figure']:.4f}, {record['iteration']}")
+        self._say(record)
         return record["figure"]
+
+    def _say(self, record: dict) -> None:
+        count = record["iteration"] + 1
+        logger.info(f"{BEST}: {self.metric} {record['figure']:.4f} after {count} iterations")

@@ -17,7 +17,7 @@ from .factors import KEY
 from .files import has_results, was_given_factor
 from .run import Run
 
-_PERIOD = "TEST.EVAL_PERIOD"
+_CHOICE = ("TEST.EVAL_PERIOD", "SOLVER.KEEP_BEST")
 _WAYS_OUT = "use another --output, or delete that folder"
 
 
@@ -37,8 +37,8 @@ def check_finished(runs: Sequence[Run]) -> None:
             continue
         now = _config(run).dump()
         changes = result_changes(before, now)
-        if run.select:  # among how many checkpoints it was chosen
-            changes |= {k: v for k, v in differences(before, now).items() if k == _PERIOD}
+        if run.select:  # among which checkpoints it was chosen, and by what
+            changes |= {k: v for k, v in differences(before, now).items() if k in _CHOICE}
         if run.arm == LONG:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
         if run.balance:  # it has what was measured then

@@ -177,8 +177,7 @@ def _by_class(compared: Sequence[dict], kind: str) -> List[Section]:
 _SUMMARY = (
     "COCO AP in percent on the test images, mean ± standard deviation over the seeds. Gap closed: "
     "how far an arm's mean gets from the student's to the teacher's. Factor: the runs' "
-    "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Chosen at: after how many "
-    "iterations the checkpoints were that a validation set chose. Minutes: by the clock, "
+    "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Minutes: by the clock, "
     "whatever else the machine was doing. Step time: median seconds per iteration, over the "
     "student's.",
 )

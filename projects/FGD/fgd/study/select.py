@@ -63,7 +63,7 @@ def select_facts(runs: Sequence[Run], cfg: CfgNode) -> List[str]:
     lines = [
         f"Each student is the checkpoint of its run with the best {metric} on the validation set "
         f"{name}, evaluated every {cfg.TEST.EVAL_PERIOD} iterations; the test set had no part in "
-        "the choice. A teacher is its last checkpoint."
+        "the choice. Chosen at: after so many iterations. A teacher is the checkpoint that teaches."
     ]
     longer = [arm for arm in (LONG, SINGLE) if any(run.arm == arm for run in chosen)]
     if longer:
