@@ -21,6 +21,8 @@ _OWN = {
     "full_config": "VERSION: 2",
     "teacher": {"weights": "t.pth", "sha256": "00"},
     "distiller": {},
+    "raw": {"head.bias": torch.zeros(2)},
+    "best": {"metric": "bbox/AP", "figure": 0.5, "iteration": 3, "images": "00"},
     "trainer": {"optimizer": {0: {"momentum": torch.zeros(2)}}},
     "rng": [],
 }
@@ -94,8 +96,18 @@ def test_all_entries_of_this_projects_format_are_looked_at(name, value):
     check_entries({"model": _WEIGHT, **_OWN})
     if (name, type(value)) in (("trainer", dict), ("rng", list)):  # looked at where they are used
         return
-    with pytest.raises(UserError, match=name if name != "distiller" else "distiller|'x' is a"):
+    with pytest.raises(
+        UserError, match=f"{name}|'x' is a" if name in ("distiller", "raw") else name
+    ):
         check_entries({"model": _WEIGHT, **_OWN, name: value})
+
+
+@pytest.mark.parametrize(
+    "entry", [{"figure": float("nan")}, {"iteration": True}, {"metric": 3}, {"images": 3}]
+)
+def test_a_best_checkpoint_says_by_which_figure(entry):
+    with pytest.raises(UserError, match="its entry 'best' is .* a dict of metric, figure and iter"):
+        check_entries({"model": _WEIGHT, **_OWN, "best": {**_OWN["best"], **entry}})
 
 
 def test_content_without_end_is_refused(tmp_path):

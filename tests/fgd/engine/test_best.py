@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import torch
 
 from fgd import job
 from fgd.data.datasets import register_from_config
+from fgd.engine import checkpoint
 from fgd.engine.best import metric_names
 from fgd.engine.solver import check_solver
 from fgd.engine.trainer import FGDTrainer
@@ -108,6 +110,29 @@ def test_the_best_of_another_evaluation_or_training_is_no_best(tmp_path, monkeyp
     run(cfg, monkeypatch, (7.0,), resume=True)
     assert "the best so far is not known" in caplog.text
     assert best_of(cfg)["iteration"] == 5
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_best_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path, monkeypatch, caplog, ignore
+):
+    cfg = training_cfg(tmp_path, opts=(*KEYS, "SOLVER.IGNORE_SAVE_ERRORS", ignore))
+    write, tries = checkpoint.atomic_write, []
+
+    def full(path, content):
+        tries.append(path.endswith("model_best.pth"))
+        if sum(tries) == 2 and tries[-1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", full)
+    if ignore:
+        run(cfg, monkeypatch, (1.0, 3.0, 2.0, 0.5))
+        assert best_of(cfg)["best"]["figure"] == 2.0 and "training goes on, UNSAVED" in caplog.text
+    else:
+        with pytest.raises(UserError, match="cannot write .*model_best.pth: .*No space left"):
+            run(cfg, monkeypatch, (1.0, 3.0))
+        assert best_of(cfg)["best"]["figure"] == 1.0
 
 
 def test_a_validation_set_chooses_and_the_test_set_reports(tmp_path, monkeypatch, caplog):
