@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,6 +22,18 @@ class Result(NamedTuple):
     scores: np.ndarray  # (R,)
     labels: np.ndarray  # (R,) into the classes
     masks: Optional[Sequence[Dict]] = None  # COCO's compressed RLE of each
+
+
+class Outcomes(NamedTuple):
+    """Of one class in all images: which boxes are right at IoU 0.5, as COCO matches them.
+
+    scores (R,) and hits (R,) bool of the boxes; objects: how many there are. Boxes on crowd regions
+    are neither right nor wrong, and left out.
+    """
+
+    scores: np.ndarray
+    hits: np.ndarray
+    objects: int
 
 
 def coco_metrics(
@@ -51,15 +63,38 @@ def coco_metrics(
     return metrics
 
 
+def box_outcomes(
+    data: CocoData, classes: Sequence[str], results: Iterable[Result]
+) -> Tuple[float, Dict[str, Outcomes]]:
+    """AP50 in points of 100, and of each class which boxes are right; `results` as above."""
+    category_ids = data.category_ids(classes)
+    rows: List[Dict[str, Any]] = []
+    for record, result in zip(data.images, results, strict=True):
+        rows += _coco_rows(record["id"], result, category_ids)
+    evaluation = _run(data, rows, "bbox")
+    # by class in the order of catIds, then area (the first: any), then image
+    images, areas = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
+    found = {}
+    for name, category in zip(classes, category_ids, strict=True):
+        start = evaluation.params.catIds.index(category) * areas * images
+        found[name] = _outcomes(evaluation.evalImgs[start : start + images])
+    return _points(evaluation.stats[1]), found
+
+
+def _outcomes(of_images: Sequence[Optional[Dict[str, Any]]]) -> Outcomes:
+    scores, hits, objects = [np.zeros(0)], [np.zeros(0, bool)], 0
+    for image in of_images:
+        if image is not None:
+            counted = image["dtIgnore"][0] == 0  # at the first IoU, 0.5
+            scores.append(np.array(image["dtScores"])[counted])
+            hits.append(image["dtMatches"][0][counted] > 0)
+            objects += int((np.array(image["gtIgnore"]) == 0).sum())
+    return Outcomes(np.concatenate(scores), np.concatenate(hits), objects)
+
+
 def _evaluate(data: CocoData, rows: List[Dict], kind: str, classes, category_ids) -> Dict[str, Any]:
     """The metrics of `coco_metrics` for boxes ("bbox") or masks ("segm")."""
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it works
-        truth = _index(data.truth)
-        found = truth.loadRes(rows) if rows else _index({**data.truth, "annotations": []})
-        evaluation = COCOeval(truth, found, kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    evaluation = _run(data, rows, kind)
     metrics = {name: _points(evaluation.stats[i]) for i, name in enumerate(METRICS)}
     # precision (IoU, recall, class in the order of catIds, area, detections per image)
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
@@ -69,6 +104,17 @@ def _evaluate(data: CocoData, rows: List[Dict], kind: str, classes, category_ids
         for name, category in zip(classes, category_ids, strict=True)
     }
     return metrics
+
+
+def _run(data: CocoData, rows: List[Dict], kind: str) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it works
+        truth = _index(data.truth)
+        found = truth.loadRes(rows) if rows else _index({**data.truth, "annotations": []})
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
 
 
 def _coco_rows(image_id, result: Result, category_ids: Sequence[int]) -> List[Dict[str, Any]]:

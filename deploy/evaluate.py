@@ -53,7 +53,7 @@ def evaluate_graph(
             records = data.images[start : start + batch_size]
             found = detector.detect([record["file"] for record in records], batch_size)
             for record, detections in zip(records, found, strict=True):
-                _check_size(record, detections.size)
+                check_size(record, detections.size)
                 shrunk += detections.shrunk
                 masks = list(map(encode_rle, detections.bitmaps())) if with_masks else None
                 yield Result(detections.boxes, detections.scores, detections.labels, masks)
@@ -97,7 +97,8 @@ def evaluate_eager(eager, data: CocoData) -> Dict[str, Any]:
     return coco_metrics(data, eager.classes, results())
 
 
-def _check_size(record: Dict[str, Any], size: Tuple[int, int]) -> None:
+def check_size(record: Dict[str, Any], size: Tuple[int, int]) -> None:
+    """UserError unless an image of this (height, width) is what the dataset says it is."""
     if size != (record["height"], record["width"]):
         raise UserError(
             f"{record['file']} is {size[0]}x{size[1]} (height x width) but the dataset says "

@@ -31,6 +31,7 @@ FORBIDDEN = {
     "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
     "deploy.predict": TRAINING | {"onnx", "onnxruntime", "pycocotools"},  # of a server: no ORT
     "deploy.evaluate": TRAINING | {"onnx"},
+    "deploy.label": TRAINING | {"onnx"},
     "deploy.benchmark": TRAINING,
     "deploy.trt_lint": TRAINING | {"onnxruntime"},
 }

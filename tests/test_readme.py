@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import benchmark, evaluate, export, matrix, predict, trt_lint, verify
+from deploy import benchmark, evaluate, export, label, matrix, predict, trt_lint, verify
 from deploy.serving import triton_repository
 from fgd import cli
 from fgd.adversarial import __main__ as adversarial
@@ -29,6 +29,7 @@ PARSERS = {
     "python -m deploy.trt_lint": trt_lint.build_parser,
     "python deploy/predict.py": predict.build_parser,
     "python deploy/evaluate.py": evaluate.build_parser,
+    "python deploy/label.py": label.build_parser,
     "python deploy/benchmark.py": benchmark.build_parser,
     "python deploy/triton.py": triton_repository.build_parser,
     "python -m tools.versions": versions.build_parser,

@@ -23,6 +23,7 @@ from fgd_inputs.folder_lock import locked
 from fgd_inputs.names import one_line
 
 _LONGEST_STEM = 200  # bytes of a picture's name: file systems take 255
+_BAR = 30  # characters of a full one
 
 
 def predict(
@@ -169,7 +170,8 @@ def _save_picture(path: Path, image: np.ndarray, found: Detections, classes) -> 
 
 
 def show_progress(done: int, total: int) -> None:
-    """One line on stderr that counts up; nothing unless someone watches."""
+    """A bar on one line of stderr; nothing unless someone watches."""
     if sys.stderr.isatty():
+        bar = "#" * (_BAR * done // max(total, 1))
         end = "\n" if done == total else ""
-        print(f"\r{done}/{total} images", end=end, file=sys.stderr, flush=True)
+        print(f"\r[{bar:.<{_BAR}}] {done}/{total} images", end=end, file=sys.stderr, flush=True)
