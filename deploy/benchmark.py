@@ -15,7 +15,6 @@ from PIL import Image
 from deploy.coco_data import load_dataset
 from deploy.errors import UserError, run_main
 from deploy.files import write_atomically, write_json
-from deploy.predict import find_images
 from deploy.runtime import OrtDetector
 from deploy.serving import time_limit
 from deploy.serving.preprocess import load_image
@@ -24,6 +23,7 @@ from deploy.speed.bench_page import html_page, markdown
 from deploy.speed.bench_rows import BASELINES
 from deploy.speed.bench_run import Settings, benchmark
 from deploy.speed.timing import available_cores
+from fgd_inputs.file_names import find_images
 
 _EXAMPLES = """examples:
   python deploy/benchmark.py model_final_onnx/model.onnx

@@ -20,8 +20,8 @@ from deploy.labels.teacher import Teacher, as_result, check_classes, load_teache
 from deploy.serving import time_limit
 from deploy.serving.journal import Journal, Note
 from deploy.serving.many_images import say, show_progress
-from deploy.serving.preprocess import find_images
 from fgd_inputs.coco import CocoFile, read_coco, read_test_set
+from fgd_inputs.file_names import find_images
 from fgd_inputs.folder_lock import locked
 from fgd_inputs.image_contents import equal_files, look_up
 from fgd_inputs.names import one_line

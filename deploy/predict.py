@@ -16,7 +16,8 @@ from deploy.serving import time_limit
 from deploy.serving.coco_results import CocoIds
 from deploy.serving.detector import Detector
 from deploy.serving.many_images import predict, say
-from deploy.serving.preprocess import MAX_PIXELS, find_images
+from deploy.serving.preprocess import MAX_PIXELS
+from fgd_inputs.file_names import find_images
 from fgd_inputs.names import one_line
 
 _EXAMPLES = """examples:

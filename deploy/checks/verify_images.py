@@ -4,8 +4,9 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from deploy.serving.preprocess import find_images, load_image, prepare
+from deploy.serving.preprocess import load_image, prepare
 from deploy.spec import ModelSpec
+from fgd_inputs.file_names import find_images
 
 _SMALLEST = 32  # pixels, of the smallest image tried
 _MOST_IMAGES = 30  # of the user's, evenly spaced: each is run by Detectron2 as well

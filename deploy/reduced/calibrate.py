@@ -8,8 +8,9 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader
 
 from deploy.errors import UserError
-from deploy.serving.preprocess import find_images, load_image, make_batch, prepare
+from deploy.serving.preprocess import load_image, make_batch, prepare
 from deploy.spec import INPUT_NAMES, ModelSpec
+from fgd_inputs.file_names import find_images
 
 MOST = 64  # images, evenly spaced among those given; 205 gave no better ranges than 64
 

@@ -5,34 +5,16 @@ client without Detectron2 feeds the network the pixels it was trained on.
 """
 
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
 from deploy.errors import UserError
 from deploy.spec import ModelSpec, fills
-from fgd_inputs.image_files import MAX_PIXELS, SUFFIXES, open_image, upright
+from fgd_inputs.image_files import MAX_PIXELS, open_image, upright
 
 ImageSource = Union[str, Path, Image.Image, np.ndarray]
-
-
-def find_images(paths: Sequence) -> List[Path]:
-    """Files as given; of a folder, the images directly in it, by name.
-
-    Raises:
-        UserError: a folder holds no image.
-    """
-    files = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
-        files += found
-    return files
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:

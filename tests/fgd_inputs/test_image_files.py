@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from deploy import evaluate, predict
-from deploy.serving.preprocess import find_images, load_image
+from deploy.serving.preprocess import load_image
 from fgd.data.images import read_image
+from fgd_inputs.file_names import find_images
 from fgd_inputs.image_files import FORMATS, SUFFIXES, BadImage
 
 from ..deploy.coco_files import truth

@@ -111,6 +111,24 @@ def _subset(path: str, folder: str) -> str:
     return next((x for x in ends if x and os.path.isdir(os.path.join(folder, x))), "")
 
 
+def find_images(paths: Sequence) -> List[Path]:
+    """Files as given; of a folder, the images directly in it, by name.
+
+    Raises:
+        UserError: a folder holds no image.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise UserError(f"folder {path} holds no image ({', '.join(SUFFIXES)})")
+        files += found
+    return files
+
+
 def find_entries(path: str, names: Sequence[str], files: Sequence[str]) -> Tuple[List[int], str]:
     """Which of the images of a JSON each file is: the one whose name the file's path ends in.
 

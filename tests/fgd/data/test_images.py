@@ -19,6 +19,7 @@ from fgd.data.images import BadImage, read_image
 from fgd.data.stream import build_train_stream, plan_batches
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
+from fgd_inputs.file_names import find_images
 from tests.fgd.training import training_cfg
 
 from .test_stream import assert_same_batches, names, take
@@ -117,7 +118,7 @@ def test_one_list_of_formats(suffix, tmp_path):
     found = read_image(str(path), "BGR")
     assert found.shape == (12, 15, 3)
     np.testing.assert_array_equal(preprocess.load_image(path), found)
-    assert preprocess.find_images([tmp_path]) == [path]
+    assert find_images([tmp_path]) == [path]
 
 
 def test_no_other_program_is_started(tmp_path, monkeypatch):
