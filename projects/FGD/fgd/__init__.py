@@ -10,6 +10,7 @@ from .config import Keys, add_fgd_config, get_fgd_cfg, hand_in, load_config, stu
 from .data.augmentation import add_augmentation_config, check_augmentation
 from .data.datasets import add_data_config
 from .data.second_images import add_second_images_config
+from .data.unlabeled import add_unlabeled_config, check_unlabeled
 from .detectors.backbones import add_timm_config, check_timm
 from .detectors.fcos import add_fcos_config
 from .detectors.reppoints import add_reppoints_config
@@ -30,6 +31,7 @@ hand_in(
     Keys(add_data_config),
     Keys(add_augmentation_config, check_augmentation),
     Keys(add_second_images_config),
+    Keys(add_unlabeled_config, check_unlabeled),
     Keys(add_solver_config, check_solver),
     Keys(add_doctor_config, check_doctor),
     Keys(add_distiller_config, check_distiller),

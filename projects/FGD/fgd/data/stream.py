@@ -18,19 +18,19 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from ..processes import rng
 from ..processes.together import on_main_process
 from .images import BadImage, ImageMapper
+from .samples import Mapper, SampleKey, SeededSamples
 from .second_images import with_second_images
+from .unlabeled import COUNT, unlabeled_records
 from .workers import check_timeout, supervise, supervised_batches
 
 logger = logging.getLogger(__name__)
 
-SampleKey = Tuple[int, int]  # index in the dataset, position in this rank's stream of samples
-Mapper = Callable[[dict], dict]  # a dataset dict to a training sample
+_UNLABELED = 2  # the group of images without labels; their sizes are unknown before they are read
 
 
 def plan_batches(
@@ -49,50 +49,6 @@ def plan_batches(
             yield waiting.pop(groups[index])
 
 
-class _SeededSamples(Dataset):
-    """Maps a `SampleKey` and an iteration to a training sample.
-
-    It is augmented from (seed, rank, position), by the mapper that the iteration has.
-
-    In the place of a bad image comes the next good one of its group, whichever worker asks and
-    whenever: the stream stays a function of the seed. The sample then has "skipped", the reasons.
-    """
-
-    def __init__(
-        self,
-        dicts: Sequence[dict],
-        mapper_of: Callable[[int], Mapper],
-        seed: int,
-        groups: Sequence[int],
-        most: int,
-    ):
-        self.dicts, self.mapper_of, self.seed = dicts, mapper_of, seed
-        self.groups, self.most_bad = groups, most
-        self.rank = comm.get_rank()
-
-    def __getitem__(self, key: Tuple[SampleKey, int]) -> dict:
-        (index, position), iteration = key
-        mapper = self.mapper_of(iteration)
-        skipped: List[str] = []
-        for candidate in self._candidates(index):
-            try:
-                with rng.seeded(self.seed, self.rank, position):
-                    sample = mapper(self.dicts[candidate])
-            except BadImage as error:
-                skipped.append(str(error))
-                if len(skipped) > self.most_bad:
-                    raise
-                continue
-            return {**sample, "skipped": skipped} if skipped else sample
-        raise BadImage(f"no image of its orientation can be used; {skipped[0]}")
-
-    def _candidates(self, index: int) -> Iterator[int]:
-        for step in range(len(self.groups)):
-            candidate = (index + step) % len(self.groups)
-            if self.groups[candidate] == self.groups[index]:
-                yield candidate
-
-
 class TrainStream:
     """Iterate to get this rank's batches, lists of Detectron2's training dicts, without end.
 
@@ -101,6 +57,8 @@ class TrainStream:
     UserError when workers need more than ``timeout`` seconds (0: any time) for a batch.
 
     ``later``: from this iteration on samples are made by this mapper instead.
+    ``unlabeled``: images without labels, of which each batch has ``unlabeled_size`` behind its
+    others, by a shuffle of their own; the others are the same with them as without.
     """
 
     def __init__(
@@ -116,6 +74,9 @@ class TrainStream:
         most_bad: int = 0,
         timeout: float = 0,
         later: Optional[Tuple[int, Mapper]] = None,
+        unlabeled: Sequence[dict] = (),
+        unlabeled_size: int = 0,
+        unlabeled_mapper: Optional[Mapper] = None,
     ):
         self.dicts, self.mapper, self.make_sampler = dicts, mapper, make_sampler
         self.later = later
@@ -124,6 +85,10 @@ class TrainStream:
         self.groups = [0] * len(dicts)
         if group_by_aspect_ratio:
             self.groups = [0 if x["width"] > x["height"] else 1 for x in dicts]
+        self.groups += [_UNLABELED] * len(unlabeled)
+        self.unlabeled, self.unlabeled_size = list(unlabeled), unlabeled_size
+        self._unlabeled_mapper = unlabeled_mapper
+        self._all = [*dicts, *unlabeled]
         self.seed, self.start = seed, 0
         self.most_bad = most_bad
         self.bad_images: List[str] = []  # the reasons, each once
@@ -135,14 +100,14 @@ class TrainStream:
         ahead: Deque[List[SampleKey]] = deque()  # batches that the loader was told to read
         loader = DataLoader(
             # In one block of memory, which workers share.
-            self._samples(DatasetFromList(self.dicts, copy=False)),
+            self._samples(DatasetFromList(self._all, copy=False)),
             batch_sampler=self._planned(ahead),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             # Without one of its own, the loader draws from the global generator.
             generator=Generator(),
         )
-        names = lambda: ", ".join(describe_image(self.dicts[i]) for i, _ in ahead[0])  # noqa: E731
+        names = lambda: ", ".join(describe_image(self._all[i]) for i, _ in ahead[0])  # noqa: E731
         for batch in supervised_batches(supervise(loader, self.timeout), names):
             ahead.popleft()
             for sample in batch:
@@ -151,14 +116,23 @@ class TrainStream:
             yield batch
 
     def _planned(self, ahead: Deque[List[SampleKey]]) -> Iterator[List[Tuple[SampleKey, int]]]:
-        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
-        for iteration, batch in enumerate(batches):
+        for iteration, batch in enumerate(self._batches()):
             if iteration >= self.start:
                 ahead.append(batch)
                 yield [(key, iteration) for key in batch]
 
-    def _samples(self, dicts: Sequence[dict]) -> _SeededSamples:
-        return _SeededSamples(dicts, self._mapper_of, self.seed, self.groups, self.most_bad)
+    def _batches(self) -> Iterator[List[SampleKey]]:
+        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
+        if not self.unlabeled:
+            return batches
+        shuffle = TrainingSampler(len(self.unlabeled), seed=self.seed + 1)
+        behind = (len(self.dicts) + i for i in shuffle)
+        more = plan_batches(behind, self.groups, self.unlabeled_size)
+        return ([*own, *other] for own, other in zip(batches, more))
+
+    def _samples(self, dicts: Sequence[dict]) -> SeededSamples:
+        own = self.groups, self.most_bad, len(self.dicts), self._unlabeled_mapper
+        return SeededSamples(dicts, self._mapper_of, self.seed, *own)
 
     def _mapper_of(self, iteration: int) -> Mapper:
         if self.later is not None and iteration >= self.later[0]:
@@ -178,9 +152,8 @@ class TrainStream:
 
     def first_batches(self, count: int) -> List[List[dict]]:
         """The batches that iterations 0 to ``count - 1`` get, read here and now without workers."""
-        batches = plan_batches(self.make_sampler(self.seed), self.groups, self.batch_size)
-        samples = self._samples(self.dicts)
-        first = enumerate(itertools.islice(batches, count))
+        samples = self._samples(self._all)
+        first = enumerate(itertools.islice(self._batches(), count))
         return [[samples[key, iteration] for key in batch] for iteration, batch in first]
 
 
@@ -206,7 +179,9 @@ def _shared_seed() -> int:
     return on_main_process(lambda: own)
 
 
-def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream:
+def build_train_stream(
+    cfg: CfgNode, second_images: bool = False, unlabeled: bool = False
+) -> TrainStream:
     """The stream of DATASETS.TRAIN under Detectron2's DATALOADER and INPUT keys.
 
     SEED < 0 gives a random stream, the same in all processes.
@@ -214,16 +189,13 @@ def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream
     Args:
         second_images: samples of iterations before INPUT.PLAIN_FROM also have "second_image", of
             DATASETS.TRAIN_SECOND_IMAGES.
+        unlabeled: batches also have images of DATASETS.JSON.UNLABELED_IMAGES, marked, behind the
+            others; INPUT.SAMPLE_SPECIFIC, which looks at boxes, does not apply to them.
     Raises:
         UserError: unknown sampler or BAD_IMAGES, TIMEOUT below 0, IMS_PER_BATCH is not a multiple
-            of the number of processes, or second images are missing.
+            of the number of processes, or second images are missing; see `unlabeled_records` too.
     """
-    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
-    if rest or batch_size == 0:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH} images cannot be divided among "
-            f"{comm.get_world_size()} processes"
-        )
+    batch_size = _share("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH)
     dicts = training_records(cfg)
     if second_images:
         dicts = with_second_images(dicts, cfg.DATASETS.TRAIN_SECOND_IMAGES, cfg.DATASETS.TRAIN)
@@ -239,7 +211,26 @@ def build_train_stream(cfg: CfgNode, second_images: bool = False) -> TrainStream
         most_bad=_most_bad(cfg),
         timeout=cfg.DATALOADER.TIMEOUT,
         later=(plain_from, ImageMapper(cfg, True)) if plain_from else None,
+        **(_unlabeled(cfg) if unlabeled else {}),
     )
+
+
+def _unlabeled(cfg: CfgNode) -> dict:
+    return {
+        "unlabeled": unlabeled_records(cfg),
+        "unlabeled_size": _share(COUNT, cfg.DATALOADER.UNLABELED_PER_BATCH),
+        "unlabeled_mapper": ImageMapper(cfg, True),
+    }
+
+
+def _share(key: str, images: int) -> int:
+    """Of each process in the images of a batch."""
+    share, rest = divmod(images, comm.get_world_size())
+    if rest or share == 0:
+        raise UserError(
+            f"{key}: {images} images cannot be divided among {comm.get_world_size()} processes"
+        )
+    return share
 
 
 def _most_bad(cfg: CfgNode) -> int:

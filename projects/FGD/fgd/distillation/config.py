@@ -14,6 +14,7 @@ from .levels import parse_level_map
 from .schedule import schedule_from_config
 from .taps import check_kind
 from .timm_teacher import check_timm_teacher
+from .unlabeled import unlabeled_terms
 
 PRECISIONS = ("float32", "bfloat16", "float16")  # of the teacher's forward
 
@@ -41,6 +42,11 @@ def add_distiller_config(cfg: CfgNode) -> None:
     # Common factor on all distillation terms, no unit; keeps their ratios.
     node.FACTOR = 1.0
     _add_schedule(node)
+    # On images without labels (DATASETS.JSON.UNLABELED_IMAGES): the score from which detections of
+    # the teacher count as boxes, for terms that need boxes; 0 = only terms without boxes count.
+    node.PSEUDO_BOXES = 0.0
+    # What the terms of these images count beside those of labelled ones, no unit.
+    node.UNLABELED_WEIGHT = 1.0
     # Draw the method's pictures of a training image in TensorBoard every so many iterations; 0 =
     # off.
     node.PICTURE_PERIOD = 0
@@ -120,6 +126,7 @@ def check_distiller(cfg: CfgNode) -> None:
     for method in methods:
         _check_weights(method, cfg)
         method.check_config(method.node(cfg), cfg)
+    unlabeled_terms(cfg)
 
 
 def asked_for(cfg: CfgNode) -> FrozenSet[str]:

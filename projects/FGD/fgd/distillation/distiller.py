@@ -26,6 +26,7 @@ from .schedule import ALWAYS, Schedule, schedule_from_config
 from .second_view import check_second_images, has_second_images, look_again
 from .taps import FeatureTap, Source, Sources, read_levels
 from .teacher import FrozenTeacher, TeacherView, build_teacher
+from .unlabeled import NO_TERMS, UnlabeledTerms, split, unlabeled_terms, without_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Distiller(nn.Module):
         same_grid: levels whose cells are compared with the teacher's; None = all.
         schedule: the common factor on the method's terms, by iteration.
         plain_from: the iteration from which samples have no second images; 0 = never.
+        unlabeled: which terms count on images without labels.
         summary: one line that says what is distilled from what.
     """
 
@@ -92,11 +94,12 @@ class Distiller(nn.Module):
         same_grid: Optional[Sequence[str]] = None,
         schedule: Schedule = ALWAYS,
         plain_from: int = 0,
+        unlabeled: UnlabeledTerms = NO_TERMS,
         summary: str = "",
     ):
         super().__init__()
         self.student, self.distillation = student, distillation
-        self.teacher = teacher
+        self.teacher, self.unlabeled = teacher, unlabeled
         self.summary = summary
         self._inheritable = inheritable
         self.sources, self.schedule = sources, schedule
@@ -136,12 +139,18 @@ class Distiller(nn.Module):
             "same_grid": plan.same_grid,
             "schedule": schedule_from_config(cfg),
             "plain_from": cfg.INPUT.PLAIN_FROM,
+            "unlabeled": unlabeled_terms(cfg),
             "summary": summarize(cfg, teacher_cfg, plan),
         }
 
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    @property
+    def loss_names(self) -> Tuple[str, ...]:
+        """Of all terms, those of images without labels last."""
+        return (*self.distillation.loss_names, *self.unlabeled.loss_names)
 
     def inherit_from_teacher(self) -> None:
         """Copy the teacher's neck and head, once, if MODEL.DISTILLER.INHERIT asks for it.
@@ -160,6 +169,7 @@ class Distiller(nn.Module):
         """Training: dict of named scalar losses. Inference: the student's list[dict]."""
         if not self.training or self.distillation is None:
             return self.student(batched_inputs)
+        batched_inputs, unlabeled = split(batched_inputs)
         losses, seen = self.run_student(batched_inputs)
         iteration = get_event_storage().iter
         if "second_view" in self.asked_for:
@@ -167,8 +177,11 @@ class Distiller(nn.Module):
         self.factor, self.table = self.schedule.value(iteration) * self.multiplier, {}
         if self.factor == 0:
             zero = _zero(*self.distillation.parameters(), *seen.features.values())
-            return {**losses, **dict.fromkeys(self.distillation.loss_names, zero)}
-        return {**losses, **self._sum(self.terms(self.batch(seen, batched_inputs, iteration)))}
+            return {**losses, **dict.fromkeys(self.loss_names, zero)}
+        table = self.terms(self.batch(seen, batched_inputs, iteration))
+        if unlabeled:
+            table = {**table, **self._terms_without_labels(unlabeled, iteration)}
+        return {**losses, **self._sum(table)}
 
     def run_student(self, batched_inputs: List[dict]) -> Tuple[Dict[str, Tensor], Seen]:
         """A training forward of the student: its own losses, and what the method may see of it."""
@@ -253,10 +266,23 @@ class Distiller(nn.Module):
             self.watch(batch)
         with torch.autocast(self.device.type, enabled=False):
             found = self.distillation.table(batch)
-        self.table = {
-            level: {name: value.detach() for name, value in terms.items()}
-            for level, terms in found.items()
-        }
+        self.table = _detached(found)
+        return found
+
+    def _terms_without_labels(self, batched_inputs: List[dict], iteration: int) -> Table:
+        """Those of images without labels; adds them to ``table``."""
+        seen = self.read_student(batched_inputs)
+        if self.student.backbone.training:
+            self._tap.pop()  # as for second images
+        if self.unlabeled.score:
+            boxes = self.teacher.detect(batched_inputs, self.unlabeled.score)
+        else:
+            boxes = without_boxes(batched_inputs, self.device)
+        given = [{**x, "instances": own} for x, own in zip(batched_inputs, boxes, strict=True)]
+        batch = self.batch(seen, given, iteration)
+        with torch.autocast(self.device.type, enabled=False):
+            found = self.unlabeled.table(self.distillation, batch)
+        self.table.update(_detached(found))
         return found
 
     def _sum(self, table: Table) -> Dict[str, Tensor]:
@@ -265,7 +291,7 @@ class Distiller(nn.Module):
         losses = {f"loss_{name}": value for name, value in over_levels(table).items()}
         if self.factor != 1:
             losses = {name: self.factor * value for name, value in losses.items()}
-        return {name: losses.get(name, 0.0) + zero for name in self.distillation.loss_names}
+        return {name: losses.get(name, 0.0) + zero for name in self.loss_names}
 
     def _check_grids(
         self, student: Features, taught: Features, padded_size: Tuple[int, int]
@@ -288,6 +314,13 @@ class Distiller(nn.Module):
         images = self.student.preprocess_image(batched_inputs).tensor
         features, _ = read_levels(self.student.backbone, images, self.sources)
         return Seen(features, tuple(images.shape[-2:]))
+
+
+def _detached(table: Table) -> Table:
+    return {
+        level: {name: value.detach() for name, value in terms.items()}
+        for level, terms in table.items()
+    }
 
 
 def _zero(*parts: Tensor) -> Tensor:

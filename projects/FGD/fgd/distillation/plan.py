@@ -16,6 +16,7 @@ from .padding import check_padding
 from .schedule import schedule_from_config
 from .taps import Sources, choose_sources, describe_sources
 from .teacher import FrozenTeacher
+from .unlabeled import unlabeled_terms
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def freeze_teacher(
     keep = ["roi_heads"] if wants_regions(asked) else []
     keep += ["head"] if "heads" in asked else []
     options = node.PRECISION, node.CHANNELS_LAST, plan.teacher_sources, keep
-    return FrozenTeacher(model, *formats, *options)
+    detects = unlabeled_terms(cfg).score > 0
+    return FrozenTeacher(model, *formats, *options, detects)
 
 
 def summarize(cfg: CfgNode, teacher_cfg: Optional[CfgNode], plan: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import Collection, Dict, List, Mapping, NamedTuple, Optional, Sequen
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,6 +155,7 @@ class FrozenTeacher:
         channels_last: compute in that memory order.
         sources: what `look` takes, by the student's level; None = all outputs.
         keep: names of further submodules, "roi_heads" or "head"; all that is kept is in ``parts``.
+        detects: keep it whole, for `detect`.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class FrozenTeacher:
         channels_last: bool = False,
         sources: Optional[Sources] = None,
         keep: Sequence[str] = (),
+        detects: bool = False,
     ):
         if sorted(input_format) != sorted(batch_format):
             raise UserError(
@@ -176,6 +178,7 @@ class FrozenTeacher:
         self.parts = {name: getattr(model, name) for name in ("backbone", *keep)}
         for part in self.parts.values():
             part.eval().requires_grad_(False)
+        self._detector = model.eval().requires_grad_(False) if detects else None
         self.backbone = self.parts["backbone"].to(memory_format=self.layout)
         self.autocast_dtype = None if precision == "float32" else getattr(torch, precision)
         self.pixel_mean, self.pixel_std = model.pixel_mean, model.pixel_std
@@ -224,6 +227,22 @@ class FrozenTeacher:
             steps = strides(self.backbone, sources)
             maps = {k: cut(x, own_size, padded_size, steps.get(k, 0)) for k, x in maps.items()}
         return TeacherView({name: x.contiguous() for name, x in maps.items()}, outputs)
+
+    def detect(self, batched_inputs: List[dict], score: float) -> List[Instances]:
+        """What it finds in each image alone, from a score on, as ground truth in its pixels.
+
+        The images as `look` takes them; they go through its backbone once more.
+        """
+        images = [x["image"].flip(0) if self.flip_channels else x["image"] for x in batched_inputs]
+        with self._computing():
+            results = [self._detector([{"image": x}])[0]["instances"] for x in images]
+        found = (x[x.scores >= score] for x in results)
+        return [
+            Instances(
+                x.image_size, gt_boxes=Boxes(x.pred_boxes.tensor.float()), gt_classes=x.pred_classes
+            )
+            for x in found
+        ]
 
     def regions(self, outputs: Mapping[str, Tensor], boxes: List[Boxes]) -> RegionView:
         """What its RoI heads say of boxes in pixels of the batch that ``outputs`` are of."""

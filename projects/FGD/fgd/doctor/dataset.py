@@ -13,13 +13,14 @@ def check_data(
     classes: Sequence[str],
     files: Dict[str, CocoFile],
     shared: str = "",
+    unlabeled: int = 0,
 ) -> Finding:
     """Boxes that are trained on, those that were left out, and what the reader suspects.
 
     Args:
         records: the training set. classes: names in label order.
         files: name of a set, of training or test → what was read for it.
-        shared: of `fgd.data.contents.shared_images`.
+        shared: of `fgd.data.contents.shared_images`. unlabeled: how many images without labels.
     """
     boxes, crowds = [0] * len(classes), 0
     for annotation in (x for record in records for x in record.get("annotations", ())):
@@ -27,6 +28,7 @@ def check_data(
         boxes[annotation["category_id"]] += not annotation.get("iscrowd", 0)
     counted = count_boxes(sum(boxes) + crowds, crowds)
     found = [f"{len(records)} training images, {counted}"]
+    found[0] += f", and {unlabeled} images without labels" if unlabeled else ""
     advice = []
     for name, file in files.items():
         found += [f"{name}: {warning}" for warning in file.warnings]

@@ -19,6 +19,7 @@ from torch import nn
 from ..config import META_ARCHITECTURE, student_config
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
 from ..data.contents import shared_images
+from ..data.stream import TrainStream
 from ..distillation.config import needs_teacher
 from ..distillation.levels import Outputs, plan_levels
 from ..engine.checkpoint import student_of
@@ -74,7 +75,7 @@ def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Repo
         )
         if comm.is_main_process():
             student = patient.model if patient else None
-            report.findings, loaded = _check_config(cfg, stream.dicts, student)
+            report.findings, loaded = _check_config(cfg, stream, student)
         needed = [x for x in report.faults if x.name in NEEDED]
         if not comm.all_gather(bool(needed))[0]:
             _check_model(patient or Patient.build(cfg, stream), loaded, form, report)
@@ -90,11 +91,11 @@ def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Repo
     return report
 
 
-def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module]) -> tuple:
+def _check_config(cfg: CfgNode, stream: TrainStream, student: Optional[nn.Module]) -> tuple:
     """(findings, teacher or None): what needs no trained model. In the main process only.
 
     Args:
-        records: the training set. student: None = built here where its shapes are asked for.
+        stream: of the training set. student: None = built here where its shapes are asked for.
     """
     node = student_config(cfg)
     key = NUM_CLASSES_KEYS.get(node.MODEL.META_ARCHITECTURE)
@@ -105,7 +106,7 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
     if key is None:
         raise UserError(f"doctor: unknown student architecture {node.MODEL.META_ARCHITECTURE!r}")
     findings = [
-        _data(cfg, records, names, "" if student else shared_images(cfg)),  # a training says it
+        _data(cfg, stream, names, "" if student else shared_images(cfg)),  # a training says it
         dataset.check_classes(names, config_value(cfg, key), key),
     ]
     if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE:
@@ -124,11 +125,11 @@ def _check_config(cfg: CfgNode, records: List[dict], student: Optional[nn.Module
     return findings, loaded
 
 
-def _data(cfg: CfgNode, records: List[dict], names: List[str], shared: str) -> Finding:
+def _data(cfg: CfgNode, stream: TrainStream, names: List[str], shared: str) -> Finding:
     sets = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.DATASETS.VALID])
     files = {name: MetadataCatalog.get(name).get("coco_file") for name in sets}
     files = {name: file for name, file in files.items() if file is not None}
-    return dataset.check_data(records, names, files, shared)
+    return dataset.check_data(stream.dicts, names, files, shared, len(stream.unlabeled))
 
 
 def _teacher_classes(names: List[str], loaded: teacher.LoadedTeacher) -> Finding:
@@ -168,7 +169,8 @@ def _check_model(
     if method is not None:
         _check_losses(patient, batches[: form.batches], report)
     if scored:
-        samples = [sample for batch in batches for sample in batch][: form.images]
+        samples = [sample for batch in batches for sample in batch]
+        samples = [x for x in samples if "instances" in x][: form.images]
         _score(patient, loaded, samples, report)
     elif loaded is not None:
         name = loaded.cfg.MODEL.META_ARCHITECTURE

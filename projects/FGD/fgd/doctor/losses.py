@@ -60,7 +60,7 @@ def measure(model: nn.Module, batches: Iterable[List[dict]], *, half: bool = Fal
             with torch.set_grad_enabled(count == 0):
                 losses = _forward(model, batch, half)
             if count == 0:
-                own = {k: losses[k] for k in model.distillation.loss_names}
+                own = {k: losses[k] for k in model.loss_names}
                 measured.values = {k: float(v.detach()) for k, v in own.items()}
                 measured.gradients = _gradient_norms(own, _body(model.student), half)
             _add(detection, {k: v for k, v in losses.items() if k not in measured.values})

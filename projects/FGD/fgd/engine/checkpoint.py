@@ -36,8 +36,10 @@ from .. import compat
 from ..checkpoint_entries import FORMAT, check_kinds
 from ..config import META_ARCHITECTURE, student_config
 from ..data.contents import describe_names
+from ..data.unlabeled import unlabeled_digest
 from ..distillation.config import needs_teacher
 from ..distillation.teacher import describe_teacher
+from ..distillation.unlabeled import wants_unlabeled
 from ..errors import UserError
 from ..files import atomic_write, save_sealed
 from ..processes import rng
@@ -77,7 +79,8 @@ def _describe_data(cfg: CfgNode) -> Optional[Dict[str, str]]:
     names = list(cfg.DATASETS.TRAIN)
     if not names or not set(names) <= set(DatasetCatalog.list()):
         return None
-    return describe_names(names)
+    data = describe_names(names)
+    return {**data, "unlabeled": unlabeled_digest(cfg)} if wants_unlabeled(cfg) else data
 
 
 def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:

@@ -48,6 +48,8 @@ HARMLESS = {
 # The same of training data: harmless where their content is known to be equal.
 TRAINING_DATA = ("DATASETS.TRAIN", "DATASETS.JSON.TRAIN", "DATASETS.JSON.TRAIN_IMAGES")
 
+UNLABELED = "DATASETS.JSON.UNLABELED_IMAGES"
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,13 +98,17 @@ def training_changes(before: dict, now: dict) -> Tuple[List[str], List[str]]:
     new = _parse(now["full_config"])
     annotations = [_data(run).get("annotations") for run in (before, now)]
     same_data = bool(annotations[0]) and annotations[0] == annotations[1]
+    unlabeled = [_data(run).get("unlabeled") for run in (before, now)]
     for key, change in differences(before["full_config"], now["full_config"]).items():
         fine = same_data if key in TRAINING_DATA else _is_harmless(key, new)
+        fine = fine or (key == UNLABELED and unlabeled[0] == unlabeled[1] is not None)
         (harmless if fine else altering).append(change)
     teachers = [run.get("teacher") or {} for run in (before, now)]
     if all(teachers) and teachers[0]["sha256"] != teachers[1]["sha256"]:
         names = [f"{x['weights']} (SHA-256 {x['sha256'][:8]}...)" for x in teachers]
         altering.append(f"content of the teacher's file: {names[0]} -> {names[1]}")
+    if all(unlabeled) and unlabeled[0] != unlabeled[1]:  # which is drawn depends on their number
+        altering.append(f"images of {UNLABELED}")
     for name in ("classes", "processes"):
         if before[name] != now[name]:
             altering.append(f"{name}: {before[name]} -> {now[name]}")

@@ -23,6 +23,7 @@ _OWN = (
     "DATASETS.JSON.TRAIN_IMAGES",
     "DATASETS.JSON.TEST_IMAGES",
     "DATASETS.JSON.VALID_IMAGES",
+    "DATASETS.JSON.UNLABELED_IMAGES",
     "DATASETS.TRAIN_SECOND_IMAGES",
     "DATASETS.SHAPES.ROOT",
     "DATALOADER.NUM_WORKERS",
@@ -44,6 +45,9 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
     """
     facts = {"the classes": str(header["classes"]), **describe_data(cfg)}
     facts["the teacher's file"] = (header["teacher"] or {}).get("sha256", "none")[:8]
+    unlabeled = (header.get("data") or {}).get("unlabeled")
+    if unlabeled:
+        facts["the images without labels"] = unlabeled[:8]
     text = config_text(cfg) if header["teacher"] else ""
     if text:
         facts["the teacher's config"] = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -20,7 +20,9 @@ from torch import nn
 from .. import compat
 from ..data.second_images import check_teacher_of
 from ..data.stream import TrainStream, build_train_stream
+from ..data.unlabeled import FOLDER
 from ..distillation.config import needs_teacher, wants_second_images
+from ..distillation.unlabeled import wants_unlabeled
 from ..errors import DivergedError, StoppedError
 from ..files import remove_stale_temporaries
 from ..processes import rng
@@ -306,7 +308,10 @@ class FGDTrainer(DefaultTrainer):
         if wanted and needs_teacher(cfg):
             sha256 = weights_sha256(cfg.MODEL.DISTILLER.TEACHER.WEIGHTS)
             check_teacher_of(cfg.DATASETS.TRAIN_SECOND_IMAGES, sha256)
-        return build_train_stream(cfg, second_images=wanted)
+        unlabeled = wants_unlabeled(cfg)
+        if cfg.DATASETS.JSON.UNLABELED_IMAGES and not unlabeled:
+            logger.info(f"{FOLDER} is not used: no term is distilled")
+        return build_train_stream(cfg, second_images=wanted, unlabeled=unlabeled)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> evaluation.StoppableLoader:

@@ -213,6 +213,19 @@ class Batch:
         state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
         return torch.Generator(device).manual_seed(int(state >> 1))
 
+    def images(self, rows: List[int]) -> "Batch":
+        """Maps and boxes of some of the images, in a batch of the same padded size."""
+        return replace(
+            self,
+            student={name: x[rows] for name, x in self.student.items()},
+            teacher={name: x[rows] for name, x in self.teacher.items()},
+            instances=[self.instances[i] for i in rows],
+            image_sizes=[self.image_sizes[i] for i in rows],
+            regions=None,
+            heads=None,
+            second_view=None,
+        )
+
     def only(self, levels: Iterable[str]) -> "Batch":
         """The same batch with the maps of these levels alone."""
         names = list(levels)

@@ -80,6 +80,7 @@ class CWD(Method):
     """
 
     terms = ("divergence",)
+    boxless = terms
 
     def __init__(
         self,

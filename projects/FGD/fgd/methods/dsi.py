@@ -71,6 +71,7 @@ class DSI(Method):
     """
 
     terms = ("cosine",)
+    boxless = terms
     same_grid = False
 
     def __init__(self, levels: Sequence[Level], weights: Mapping[str, float]):

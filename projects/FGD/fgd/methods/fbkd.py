@@ -160,6 +160,7 @@ class FBKD(Method):
     """
 
     terms = ("feature", "channel", "spatial", "non_local")
+    boxless = terms
 
     def __init__(
         self,

@@ -48,12 +48,15 @@ class Method(nn.Module):
     Attributes of the class:
         terms: names of its loss terms. Each is ``loss_<method>_<term>`` in the log and has a
             weight, MODEL.DISTILLER.<METHOD>.<TERM>_WEIGHT.
+        boxless: those of them that say the same whatever the boxes are, so that they count on
+            images without labels, where the method needs no more than teacher and maps.
         needs: keys of `NEEDS`; what is not asked for is None in the batch and costs nothing.
         same_grid: levels are compared cell by cell, so both sides need equal strides. False: the
             maps come as they are.
     """
 
     terms: Tuple[str, ...] = ()
+    boxless: Tuple[str, ...] = ()
     needs: FrozenSet[str] = frozenset({"teacher", "maps"})
     same_grid = True
 

@@ -101,6 +101,7 @@ class MGD(Method):
     """
 
     terms = ("generation",)
+    boxless = terms
 
     def __init__(self, levels: Sequence[Level], weights: Mapping[str, float], masked_ratio: float):
         super().__init__(levels, weights)

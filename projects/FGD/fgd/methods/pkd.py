@@ -146,6 +146,7 @@ class PKD(Method):
     """
 
     terms = ("pearson",)
+    boxless = terms
     same_grid = False
 
     def __init__(self, levels: Sequence[Level], weights: Mapping[str, float], resize: str):

@@ -72,6 +72,7 @@ class DRKD(Method):
     """
 
     terms = ("pixel_relation", "instance_relation", "instance_feature")
+    boxless = ("pixel_relation",)
 
     def __init__(
         self,

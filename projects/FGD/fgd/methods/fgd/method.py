@@ -57,6 +57,7 @@ class FGD(Method):
     """
 
     terms = TERMS
+    boxless = ("attention", "relation")
 
     def __init__(
         self,
