@@ -11,8 +11,8 @@ from PIL import Image
 from deploy import evaluate, predict
 from deploy.serving.preprocess import load_image
 from fgd.data.images import read_image
-from fgd_inputs.file_names import find_images
-from fgd_inputs.image_files import FORMATS, SUFFIXES, BadImage
+from fgd_inputs.file_names import SUFFIXES, find_images
+from fgd_inputs.image_files import FORMATS, BadImage
 
 from ..deploy.coco_files import truth
 from ..deploy.fake_graph import write_fake_graph
