@@ -14,6 +14,10 @@ student-long (alone, for the wall time that distillation took in this study); an
 switch off one term of the config's method (of FGD no-foreground, no-background, no-attention or
 no-relation) or all but one (only-foreground ...).
 
+Pictures without labels: pseudo (the student alone, trained on --labels, a file of deploy/label.py),
+pseudo+distil (the main arm on it), and unlabeled (the main arm with the config's
+DATASETS.JSON.UNLABELED_IMAGES, which all other arms are trained without).
+
 Several teachers in a row: stages (every config of --stages from the student of the one before) and
 single-long (the last of these alone, for the iterations of all).
 
@@ -46,6 +50,7 @@ from .earlier import check_finished, with_test_data
 from .factors import given_factors
 from .facts import facts, how_tested
 from .files import disbelieved, is_finished, no_ap, write_json, write_text
+from .labels import read_labels
 from .page import html_page, markdown
 from .pictures import draw
 from .plan import plan, study_stages
@@ -97,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint of each student that is reported on the test set: its last, or the one "
         "that is best on the validation set (DATASETS.JSON.VALID) by SOLVER.KEEP_BEST",
     )
+    parser.add_argument("--labels", default="", metavar="JSON", help="for pseudo, pseudo+distil")
     parser.add_argument("--seeds", default="0", help="for example 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
     parser.add_argument(
@@ -141,7 +147,8 @@ def _study(args: argparse.Namespace) -> int:
     files = args.stages.split(",") if args.stages else []
     stages = study_stages(files, args.config_file, args.teacher, args.output, opts)
     planned = args.config_file, args.teacher, arms, seeds, args.output, opts
-    runs = plan(*planned, factors=factors, stages=stages)
+    labels = read_labels(args.labels, arms)
+    runs = plan(*planned, factors=factors, stages=stages, labels=labels)
     runs = selected(runs) if args.select == "best" else runs
     check_finished(runs)
     runs = with_test_data(runs, cfg)
@@ -217,7 +224,7 @@ def collect(
         missing.append(f"Changes between arms are not tested: {error}")
     rows = summarize(runs)
     return {
-        "facts": facts(args, runs, rows, cfg, measured, stages),
+        "facts": facts(args, runs, rows, cfg, measured, stages, read_labels(args.labels, arms)),
         "missing": missing,
         "arms": rows,
         "budget": measured,

@@ -8,6 +8,7 @@ from ..config import META_ARCHITECTURE, load_config
 from ..distillation.config import asked_for
 from ..errors import UserError
 from ..methods.method import METHOD_REGISTRY, chosen_methods, weight_key
+from .labels import BOTH, PSEUDO, UNLABELED, check_unlabeled_arm
 
 TEACHER, STUDENT, LONG = "teacher", "student", "student-long"
 STAGES, SINGLE = "stages", "single-long"  # several teachers in a row; see `stages`
@@ -21,7 +22,11 @@ ARMS: Dict[str, Dict[str, str]] = {
     "distil": {"MODEL.DISTILLER.INHERIT": "False"},
     "inherit+distil": {"MODEL.DISTILLER.INHERIT": "True"},
     LONG: {},
+    PSEUDO: {},  # these three are the student or the main arm, on other pictures; see `labels`
+    BOTH: {},
+    UNLABELED: {},
 }
+PLAIN = (STUDENT, LONG, PSEUDO)  # without distillation
 
 
 def study_config(config_file: str, opts: Dict[str, str]) -> CfgNode:
@@ -139,6 +144,7 @@ def check_arms(arms: Sequence[str], cfg: CfgNode) -> None:
         )
     if len(set(arms)) < len(arms):
         raise UserError(f"--arms: {','.join(arms)} names an arm twice")
+    check_unlabeled_arm(arms, cfg)
     for arm in method_arms(arms):
         _check_inheriting(arm, cfg)
     timed = main_arms(arms, cfg)

@@ -17,6 +17,7 @@ from .arms import (
     reference_arm,
 )
 from .bootstrap import ALL
+from .labels import BOTH, PSEUDO, UNLABELED
 
 LEVEL = 0.05  # a corrected p above it tells nothing apart
 AHEAD, BEHIND, SAME = "ahead", "behind", "not told apart"
@@ -26,8 +27,9 @@ def pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
     """Which arm is compared with which, of those that are there.
 
     Each with the student alone; the main arm and those of methods with the student that had their
-    time, and with FGD if they are another method; each ablation with the main arm; several
-    teachers in a row with one of them for as long.
+    time, and with FGD if they are another method; each ablation with the main arm, as
+    those of pictures without labels that distil; several teachers in a row with one of them for as
+    long.
     """
     main = main_arm(cfg)
     distilled = [arm for arm in arms if arm == main or arm in method_arms(arms)]
@@ -35,7 +37,7 @@ def pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
     found += [(arm, LONG) for arm in distilled]
     found += [(arm, reference_arm(arm, arms, cfg)) for arm in distilled]
     found += [(arm, main) for arm in arms if is_ablation(arm)]
-    found += [(STAGES, SINGLE)]
+    found += [(UNLABELED, main), (BOTH, main), (BOTH, PSEUDO), (STAGES, SINGLE)]
     return [(arm, against) for arm, against in found if arm in arms and against in arms]
 
 

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from ..distillation.config import teacher_name
 from .arms import LONG, SINGLE, STAGES, TEACHER
 from .comparisons import LEVEL
+from .labels import NO_LABELS, LabelFile, label_facts
 from .run import Run
 from .select import select_facts
 from .stages import Stage, not_inheriting
@@ -22,19 +23,24 @@ def facts(
     cfg: CfgNode,
     measured: Optional[dict],
     stages: Sequence[Stage] = (),
+    labels: LabelFile = NO_LABELS,
 ) -> List[str]:
     """What the reader must know of the study.
 
     Args:
         rows: of `summarize`. measured: of `long_budget`, or None.
     """
+    own = label_facts(args.arms.split(","), cfg, labels)
+    shared = "" if own else "the data, "
     teacher = args.teacher or teacher_name(cfg) or "none"
     lines = [
         f"{args.config_file}; teacher {teacher}; seeds {args.seeds}"
         + (f"; {' '.join(args.opts)}" if args.opts else "")
         + ".",
-        f"All arms have the data, the schedule ({cfg.SOLVER.MAX_ITER} iterations of "
-        f"{cfg.SOLVER.IMS_PER_BATCH} images) and the seeds in common.",
+        f"All arms have {shared}the schedule ({cfg.SOLVER.MAX_ITER} iterations of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images) and the seeds in common"
+        f"{', and the data but for these:' if own else '.'}",
+        *own,
     ]
     balanced = dict.fromkeys(run.arm for run in runs if run.balance)
     if balanced:

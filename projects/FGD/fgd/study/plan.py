@@ -10,6 +10,7 @@ from ..distillation.lazy_teacher import is_lazy
 from ..errors import UserError
 from .arms import (
     LONG,
+    PLAIN,
     SINGLE,
     STAGES,
     STUDENT,
@@ -21,6 +22,7 @@ from .arms import (
     study_config,
 )
 from .factors import KEY, is_measured
+from .labels import NO_LABELS, LabelFile, label_changes
 from .run import Run, Teacher
 from .stages import Stage, chain, read_stages, single
 
@@ -34,6 +36,7 @@ def plan(
     opts: Dict[str, str],
     factors: Mapping[str, float] = {},
     stages: Sequence[Stage] = (),
+    labels: LabelFile = NO_LABELS,
 ) -> List[Run]:
     """The runs of a study, in the order in which they are best started.
 
@@ -43,6 +46,7 @@ def plan(
             nothing: it is not evaluated, and no gap is known. Methods without a teacher need none.
         factors: arm → MODEL.DISTILLER.FACTOR (`given_factors`).
         stages: of the arms `stages` and `single-long` (`study_stages`).
+        labels: of the arms `pseudo` and `pseudo+distil` (`read_labels`).
     Raises:
         UserError: see `check_arms`; there is no teacher, and an arm needs one; one of timm cannot
             be it; there are no stages; or the config refuses a method.
@@ -56,7 +60,9 @@ def plan(
     for arm in arms:
         if arm in (STAGES, SINGLE):
             continue
-        own, needs = _options(arm, arms, config_file, cfg, opts, teaches, factors)
+        changes = {**changes_of(arm, cfg), **label_changes(arm, cfg, labels)}
+        planned = {**opts, **changes}
+        own, needs = _options(arm, arms, config_file, cfg, planned, teaches, factors)
         balance = is_measured(arm, factors, opts)
         templates.append(Run(arm, 0, config_file, output, own, needs, balance=balance))
     runs = [
@@ -126,9 +132,13 @@ def _options(
     teacher: Teacher,
     factors: Mapping[str, float],
 ) -> Tuple[Dict[str, str], Tuple[str, ...]]:
-    """The options of an arm, and what its runs need."""
-    own = {**opts, **changes_of(arm, cfg)}
-    if arm in (STUDENT, LONG):
+    """The options of an arm, and what its runs need.
+
+    Args:
+        opts: of the study, with what the arm changes.
+    """
+    own = dict(opts)
+    if arm in PLAIN:
         own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
         return own, (STUDENT, *main_arms(arms, cfg)) if arm == LONG else ()
     if arm in factors:
@@ -153,4 +163,5 @@ def _options(
 def _data_options(opts: Mapping[str, str]) -> Dict[str, str]:
     """Of the study's options the teacher takes those that say what the data is, and the device."""
     kept = ("DATASETS.", "INPUT.", "MODEL.DEVICE")
-    return {k: v for k, v in opts.items() if k.startswith(kept) and "TRAIN_LIMIT" not in k}
+    own = ("TRAIN_LIMIT", "UNLABELED_IMAGES")  # of the students
+    return {k: v for k, v in opts.items() if k.startswith(kept) and not k.endswith(own)}
