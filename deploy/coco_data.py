@@ -39,28 +39,31 @@ class CocoData:
         return all("segmentation" in entry for entry in self.truth["annotations"])
 
 
-def load_dataset(dataset: str, images: Optional[str] = None, masks: bool = False) -> CocoData:
+def load_dataset(
+    dataset: str, images: Optional[str] = None, masks: bool = False, option: str = "--images"
+) -> CocoData:
     """A dataset by the path of its COCO JSON, or by its registered name.
 
     Args:
         dataset: path ending in .json, or a name registered with Detectron2 (imports it).
         images: image folder of a JSON; None = "images" beside it or one folder up, else its own.
         masks: whether the model has them; of a JSON without any, boxes alone are evaluated.
+        option: by which ``images`` was given, for messages.
     Raises:
         UserError: not there, not COCO format, or without any usable box.
     """
     if dataset.endswith(".json") or Path(dataset).exists():
-        return _of_json(dataset, images, masks)
+        return _of_json(dataset, images, masks, option)
     if images is not None:
-        raise UserError(f"--images goes with a JSON file; {dataset} is a registered name")
+        raise UserError(f"{option} goes with a JSON file; {dataset} is a registered name")
     data = _read_registered(dataset)
     if not data.truth["annotations"]:
         raise UserError(f"{dataset} has no usable box: there is nothing to measure AP against")
     return data
 
 
-def _of_json(path: str, images: Optional[str], masks: bool) -> CocoData:
-    hint = "name the folder that file names are relative to with --images"
+def _of_json(path: str, images: Optional[str], masks: bool, option: str) -> CocoData:
+    hint = f"name the folder that file names are relative to with {option}"
     found = read_test_set(path, images or "", masks=masks, hint=hint)
     keys = ("id", "file", "height", "width")
     records = [{key: image[key] for key in keys} for image in found.images]

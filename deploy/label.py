@@ -38,11 +38,12 @@ below --min-ap50 nothing is written, and for each class the lowest score is chos
 one of --validate, --add or --exclude are not labelled.
 
 OUTPUT.jsonl is written as the run goes on; after an interruption the same command with --resume
-keeps what is done. With --resume other --precision take seconds.
+keeps what is done. With --resume another --precision costs no more than the validation.
 
 Exit codes: 0 done; 2 bad usage, the teacher is not good enough, or some images failed: they are
 named and left out, the others are labelled; 130 interrupted.
 """
+_BESIDE = "put them into a folder images beside it"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of right boxes wanted, or CLASS=P, or CLASS=none; again for more (0.9)",
     )
     add("--add", metavar="JSON", help="COCO file whose images and labels are written too")
-    add("--exclude", action="append", default=[], metavar="JSON", help="leave its images out")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="JSON or folder of images to leave out",
+    )
     add("--resume", action="store_true", help="keep what is finished in OUTPUT.jsonl")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     time_limit.add_option(parser)
@@ -141,10 +148,17 @@ def without_known(files: Sequence[Path], known: Sequence[str]) -> List[Path]:
 
 def _known(args, data: CocoData) -> Tuple[Optional[CocoFile], List[str]]:
     """What --add holds, and the files of all images that are not to be labelled."""
-    added = read_test_set(args.add, masks=True) if args.add else None
-    excluded = [read_coco(path, annotated=False) for path in args.exclude]
-    images = [*data.images, *(x for found in (added, *excluded) if found for x in found.images)]
-    return added, [image["file"] for image in images]
+    added = read_test_set(args.add, masks=True, hint=_BESIDE) if args.add else None
+    images = [*data.images, *(added.images if added else ())]
+    excluded = [file for path in args.exclude for file in _images_of(path)]
+    return added, [*(image["file"] for image in images), *excluded]
+
+
+def _images_of(path: str) -> List[str]:
+    """Of a folder or of a COCO JSON."""
+    if Path(path).is_dir():
+        return [str(file) for file in find_images([path])]
+    return [x["file"] for x in read_coco(path, annotated=False, hint=_BESIDE).images]
 
 
 def _check_usage(args) -> None:
@@ -160,7 +174,7 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     _check_usage(args)
     # all that can be refused is refused before the first image is run
     files = find_images(args.images)
-    data = load_dataset(args.validate, args.validate_images)
+    data = load_dataset(args.validate, args.validate_images, option="--validate-images")
     added, known = _known(args, data)
     waiting = without_known(files, known)
     if not waiting:

@@ -127,3 +127,15 @@ def test_nothing_knows_a_method_by_name():
             continue
         for name in imported_modules(path):
             assert not re.match(r"methods\.(?!method|batch)", name), (path, name)
+
+
+def test_every_package_is_installed():
+    text = (ROOT / "setup.cfg").read_text()
+    listed = re.search(r"^packages =\n((?:    .*\n)+)", text, re.MULTILINE)[1].split()
+    places = (FGD.parent, "fgd_inputs"), (FGD.parent, "fgd"), (ROOT, "deploy")
+    found = [
+        ".".join(path.parent.relative_to(root).parts)
+        for root, name in places
+        for path in (root / name).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(found)

@@ -184,6 +184,8 @@ def test_images_that_have_labels_are_left_out_by_content(case, tmp_path, capsys)
     names = [x["file_name"] for x in json.loads(case[3].read_text())["images"]]
     assert names == ["b.png", "c.png"]
     assert "2 images have labels or are excluded" in capsys.readouterr().err
+    assert run(case, "--exclude", case[1]) == 2
+    assert "all 4 images have labels or are excluded" in capsys.readouterr().err
 
 
 def test_damaged_images_are_named_and_left_out(case, capsys):
