@@ -1,6 +1,5 @@
 """Where the images of a COCO JSON lie: what tools write as ``file_name``, and the folder."""
 
-import mimetypes
 import os
 from pathlib import Path, PurePosixPath
 from typing import Callable, Dict, List, Sequence, Tuple
@@ -9,6 +8,10 @@ from urllib.parse import unquote
 from .errors import UserError
 from .json_file import shown
 
+SUFFIXES = (  # of `image_files.FORMATS`
+    *(".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".j2k", ".png"),
+    *(".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 _SAMPLED = 100  # looking up all 118k files of COCO takes minutes on a network drive
 
 Reading = Callable[[str], str]
@@ -32,8 +35,7 @@ def image_folder(json_file: str, given: str = "") -> str:
 def _has_images(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
-            kinds = (mimetypes.guess_type(entry.name, strict=False)[0] for entry in entries)
-            return any(kind is not None and kind.startswith("image/") for kind in kinds)
+            return any(entry.name.lower().endswith(SUFFIXES) for entry in entries)
     except OSError:
         return False
 

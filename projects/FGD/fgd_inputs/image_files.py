@@ -10,10 +10,6 @@ from .errors import UserError
 # What Pillow may decode, each by a library inside it. Others are not tried: EPS, for one, would
 # start an external program, whatever the file is called.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (
-    *(".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".j2k", ".png"),
-    *(".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"),
-)
 MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb: 32 kB can claim 268 Mpx
 # Modes whose conversion to RGB keeps 8 bits per channel as they are. The others ("I;16", "I", "F",
 # "LAB") would be clipped to white or misread without a word.
