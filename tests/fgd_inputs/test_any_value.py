@@ -4,6 +4,7 @@
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,7 +240,8 @@ def check_training(cfg, truth, classes):
     keys = ("image_id", "category_id", "bbox", "iscrowd")
     expected = [tuple(entry[key] for key in keys) for entry in truth["annotations"]]
     assert sorted(found, key=repr) == sorted(expected, key=repr)
-    finding = _check_config(cfg, records, None)[0][0].found  # of --doctor
+    stream = SimpleNamespace(dicts=records, unlabeled=())
+    finding = _check_config(cfg, stream, None)[0][0].found  # of --doctor
     assert finding.startswith(f"{len(truth['images'])} training images, {len(expected)} boxes")
 
 

@@ -344,21 +344,22 @@ def test_keys_and_their_checks():
         )
 
 
-# Weight, levels, iterations of the published configs.
+# Weight, pairing, levels, iterations of the published configs.
 PUBLISHED = {
-    "pkd_frcnn": (6.0, ["p2", "p3", "p4", "p5"], 180000),
-    "pkd_retinanet": (10.0, ["p3", "p4", "p5", "p6"], 180000),
-    "pkd_retinanet_fcos": (10.0, ["p3", "p4", "p5", "p6"], 90000),
-    "pkd_reppoints": (10.0, ["p3", "p4", "p5", "p6"], 180000),
+    "pkd_frcnn": (6.0, "stride", ["p2", "p3", "p4", "p5"], 180000),
+    "pkd_retinanet": (10.0, "stride", ["p3", "p4", "p5", "p6"], 180000),
+    "pkd_retinanet_fcos": (10.0, "stride", ["p3", "p4", "p5", "p6"], 90000),
+    "pkd_retinanet_swin": (6.0, "index", ["p3", "p4", "p5", "p6"], 180000),
+    "pkd_reppoints": (10.0, "stride", ["p3", "p4", "p5", "p6"], 180000),
 }
 
 
 def test_configs_state_the_published_settings():
     assert {path.stem for path in CONFIGS.glob("pkd_*.yaml")} == set(PUBLISHED)
-    for name, (weight, levels, iterations) in PUBLISHED.items():
+    for name, (weight, pairing, levels, iterations) in PUBLISHED.items():
         cfg = load_config(str(CONFIGS / f"{name}.yaml"))
         node = cfg.MODEL.DISTILLER
-        assert list(node.PKD.values()) == [weight, "stride", "student"]
+        assert list(node.PKD.values()) == [weight, pairing, "student"]
         assert (node.INHERIT, cfg.SOLVER.CLIP_GRADIENTS.ENABLED) == (False, False)
         assert PKD.choose_levels(head_levels(cfg), []) == levels
         assert cfg.SOLVER.MAX_ITER == iterations
