@@ -17,6 +17,7 @@ from fgd.processes.launch import (
     WorkerError,
     _cause,
     _free_port,
+    _join,
     _Report,
     _watch,
     check_processes,
@@ -31,6 +32,17 @@ from . import ranks
 
 def test_one_process_is_this_one():
     assert launch(lambda x: x + 1, (4,), device="cpu") == 5
+
+
+def test_processes_that_do_not_meet_are_one_line(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(f"{_join.__module__}.TIMEOUT", 0.0)
+    url = f"tcp://127.0.0.1:{_free_port()}"
+    try:
+        with pytest.raises(UserError, match=f"rank 0: not all 2 processes met at {url} within 1 s"):
+            _join("cpu", url, 0, 2, 0, 1, timeout=1.0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_two_cpu_processes_train_one_model_and_stop_together(tmp_path):

@@ -253,13 +253,20 @@ def _join(
     else:
         # Processes that each use all cores slow each other down many times over.
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    dist.init_process_group(
-        backend,
-        init_method=url,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=max(timeout, TIMEOUT)),  # until all have been started
-    )
+    patience = max(timeout, TIMEOUT)  # until all have been started
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=url,
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=patience),
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {rank}: not all {world} processes met at {url} within {patience:g} s "
+            f"({one_line(error)[:200]}); see what the other machines said"
+        ) from error
     compat.create_local_process_group(processes)
     comm.synchronize()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
