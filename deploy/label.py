@@ -16,7 +16,7 @@ from deploy.evaluate import check_size
 from deploy.files import content_sha256, make_folder
 from deploy.labels.dataset import LabelFile, Labelled, check_output, common_folder
 from deploy.labels.gate import Threshold, choose_thresholds, parse_precisions
-from deploy.labels.teacher import Teacher, as_result, check_classes, load_teacher, text_sha256
+from deploy.labels.teacher import Teacher, as_result, check_classes, load_teacher
 from deploy.serving import time_limit
 from deploy.serving.journal import Journal, Note
 from deploy.serving.many_images import say, show_progress
@@ -132,7 +132,7 @@ def label_each(
                 entry = teacher.detect(file)
                 entry["seconds"] = round(time.perf_counter() - begin, 4)
                 journal.add([Note(file, made_of, None, entry)])
-            found.append(Labelled(str(file), entry))
+            found.append(Labelled(str(file), entry, made_of))
         except UserError as error:
             failed.append({"file": str(file), "error": str(error)})
         show_progress(i, len(files))
@@ -221,15 +221,15 @@ def _label(args, teacher, files, data: CocoData, added, validated: Validated) ->
 
 
 def _facts(args, data: CocoData, validated: Validated, found, failed) -> Dict[str, Any]:
-    labelling = sum(entry["seconds"] for _, entry in found)
+    labelling = sum(labelled.entry["seconds"] for labelled in found)
     return {
         "validated_on": {
             "file": args.validate,
-            "sha256": text_sha256(args.validate),
+            "sha256": content_sha256(args.validate),
             "images": len(data.images),
             "ap50": round(validated.ap50, 3),
         },
-        "added": {"file": args.add, "sha256": text_sha256(args.add)} if args.add else None,
+        "added": {"file": args.add, "sha256": content_sha256(args.add)} if args.add else None,
         "seconds": round(validated.seconds + labelling, 3),
         "failed": failed,
     }

@@ -9,7 +9,7 @@ from pycocotools import mask as mask_utils
 from deploy.errors import UserError
 from deploy.files import content_sha256, write_json
 from deploy.labels.gate import Threshold
-from deploy.labels.teacher import Teacher, text_sha256
+from deploy.labels.teacher import Teacher
 from fgd_inputs.coco import CocoFile
 from fgd_inputs.json_file import read_json
 
@@ -17,10 +17,11 @@ _MARK = "fgd-labels-1"
 
 
 class Labelled(NamedTuple):
-    """An image of the user's, and what the teacher found in it."""
+    """An image of the user's, and what the teacher found in it when it had this content."""
 
     file: str
     entry: Dict[str, Any]
+    sha256: str
 
 
 class LabelFile:
@@ -48,10 +49,9 @@ class LabelFile:
     def empty_images(self) -> int:
         return len(self.images) - len({x["image_id"] for x in self.annotations})
 
-    def _add_image(self, file: str, height: int, width: int) -> int:
+    def _add_image(self, file: str, height: int, width: int, sha256: Optional[str]) -> int:
         number = len(self.images) + 1
         name = os.path.relpath(os.path.abspath(file), self._folder)
-        sha256 = content_sha256(file)
         values = (number, Path(name).as_posix(), height, width, sha256)
         keys = ("id", "file_name", "height", "width", "sha256")
         self.images.append(dict(zip(keys, values)))
@@ -64,8 +64,8 @@ class LabelFile:
     def add_found(self, images: Iterable[Labelled]) -> None:
         """The teacher's boxes from each class's threshold on."""
         names = self._teacher.classes
-        for file, entry in images:
-            number = self._add_image(file, entry["height"], entry["width"])
+        for file, entry, sha256 in images:
+            number = self._add_image(file, entry["height"], entry["width"], sha256)
             for i, label in enumerate(entry["labels"]):
                 threshold = self._thresholds.get(names[label])
                 if threshold is None or entry["scores"][i] < threshold.score:
@@ -87,11 +87,11 @@ class LabelFile:
         """Images that people labelled, with their boxes; "made_by" is their file's SHA-256."""
         ids = {image["id"]: image for image in known.images}
         numbers = {
-            own: self._add_image(image["file"], image["height"], image["width"])
-            for own, image in ids.items()
+            own: self._add_image(x["file"], x["height"], x["width"], content_sha256(x["file"]))
+            for own, x in ids.items()
         }
         own_ids = dict(zip(known.category_ids, (x["id"] for x in self._categories)))
-        made_by = text_sha256(known.path)
+        made_by = content_sha256(known.path)
         for entry in known.annotations:
             keys = ("area", "iscrowd", "segmentation")
             more = {key: entry[key] for key in keys if key in entry}

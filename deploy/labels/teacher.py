@@ -1,6 +1,6 @@
 """Who labels: a checkpoint in PyTorch or an exported graph, asked alike for one image file."""
 
-import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -12,7 +12,7 @@ from deploy.runtime import OrtDetector
 from deploy.serving.paste import encode_rle
 
 
-class Teacher:
+class Teacher(ABC):
     """A detector that labels.
 
     Attributes:
@@ -23,6 +23,7 @@ class Teacher:
     sha256: str
     classes: List[str]
 
+    @abstractmethod
     def detect(self, file: Path) -> Dict[str, Any]:
         """All detections in an image, for a journal: "height" and "width" of the image upright,
         "boxes" xyxy in its pixels, "scores", "labels", and "masks" (COCO's RLE) where it has them.
@@ -30,7 +31,6 @@ class Teacher:
         Raises:
             UserError: the image cannot be used, or the network fails on it.
         """
-        raise NotImplementedError
 
 
 class GraphTeacher(Teacher):
@@ -119,8 +119,3 @@ def check_classes(teacher: Teacher, names: Sequence[str], dataset: str) -> None:
         f"teacher, {theirs} in the dataset; expected the same names in the same order (of the "
         "dataset that is the order of category ids)"
     )
-
-
-def text_sha256(path: str) -> str:
-    """SHA-256 of a file that has been read already."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from deploy.coco_data import CocoData
 from deploy.files import write_json
+from fgd_inputs.classes import class_positions
 from fgd_inputs.coco import read_coco
 from fgd_inputs.file_names import find_entries
 
@@ -34,8 +34,8 @@ class CocoIds:
             self.categories = list(range(1, len(self.classes) + 1))
         else:
             found = read_coco(annotations, annotated=False, files=False)
-            data = CocoData(annotations, found.images, found.truth())
-            self.categories = data.category_ids(self.classes)
+            positions = class_positions(self.classes, found.class_names, annotations)
+            self.categories = [found.category_ids[i] for i in positions]
             names = [image["file_name"] for image in found.images]
             entries, note = find_entries(annotations, names, self.files)
             self.images = {f: found.images[i]["id"] for f, i in zip(self.files, entries)}

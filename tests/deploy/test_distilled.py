@@ -15,7 +15,8 @@ from deploy.graphs.convert import to_onnx
 from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student
 from fgd.distillation import lazy_teacher
-from fgd.engine.checkpoint import TrainingCheckpointer, describe_run
+from fgd.engine.checkpoint import TrainingCheckpointer
+from fgd.engine.header import describe_run
 from fgd.weights import weights_sha256
 from tests.fgd.distillation.lazy_teachers import SQUARE, TINY, taught, trained
 

@@ -2,7 +2,12 @@
 
 from fgd_inputs.errors import UserError
 
-__all__ = ["DivergedError", "StoppedError", "UserError"]
+__all__ = ["DivergedError", "StoppedError", "UserError", "in_one_line"]
+
+
+def in_one_line(error: Exception, longest: int = 200) -> str:
+    """Type and message, of which so many characters are kept."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:longest]}"
 
 
 class DivergedError(FloatingPointError):

@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Callable, Optional, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 
 from .checkpoint_entries import check_entries, check_kinds
 from .errors import UserError
-from .files import check_seal
+from .files import check_seal, file_sha256
 
 # Everything that numpy arrays, numbers and containers need; numpy 1 and 2 spell their module apart.
 _PICKLE_GLOBALS = {
@@ -131,14 +132,19 @@ def _local_path(path: str) -> str:
 def weights_sha256(path: str) -> str:
     """SHA-256 of a weight file's bytes, in hexadecimal; ``path`` as in `read_weights`.
 
+    A file is read again only when it has changed.
+
     Raises:
         UserError: not there or empty.
     """
-    digest = hashlib.sha256()
-    with open(_local_path(path.partition("?matching_heuristics=")[0]), "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    local = _local_path(path.partition("?matching_heuristics=")[0])
+    found = os.stat(local)
+    return _hashed(local, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache
+def _hashed(path: str, *unchanged: int) -> str:
+    return file_sha256(path)
 
 
 def state_sha256(module: nn.Module) -> str:

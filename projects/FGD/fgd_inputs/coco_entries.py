@@ -180,11 +180,14 @@ class _Reader:
 
     def _polygons(self, entry: dict) -> Optional[list]:
         """Those of an annotation, also where masks are not wanted; None without usable ones."""
+        value = entry.get("segmentation")
+        if not isinstance(value, list):  # an RLE would be decoded for nothing
+            return None
         try:
-            mask = coco_masks.read_mask("", entry.get("segmentation"), 0, 0)
+            mask = coco_masks.read_mask("", value, 0, 0)
         except UserError:
             return None
-        return None if mask is None or isinstance(mask.segmentation, dict) else mask.segmentation
+        return None if mask is None else mask.segmentation
 
     def _flag(self, where: str, entry: dict, key: str) -> int:
         value = entry.get(key)

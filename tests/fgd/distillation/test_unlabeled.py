@@ -22,6 +22,8 @@ from fgd.data.unlabeled import unlabeled_records
 from fgd.distillation.teacher import FrozenTeacher
 from fgd.doctor.dataset import check_data
 from fgd.doctor.losses import loss_table, measure
+from fgd.engine.header import describe_run
+from fgd.engine.same_start import describe_start
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
 from fgd.methods.method import METHOD_REGISTRY, over_levels
@@ -50,6 +52,14 @@ def make_cfg(tmp_path, method="PKD", count=2, arch="RetinaNet", channels=16, opt
     cfg = distilled(cfg, tmp_path, channels=channels)
     cfg.MODEL.DISTILLER.METHOD = method
     return cfg
+
+
+def test_processes_compare_their_own_images(tmp_path):
+    cfg = make_cfg(tmp_path)
+    before = describe_start(cfg, describe_run(cfg, unlabeled_records(cfg)))
+    write_images(tmp_path / "unlabeled", seed=8)
+    after = describe_start(cfg, describe_run(cfg, unlabeled_records(cfg)))
+    assert {name for name, _ in before.items() ^ after.items()} == {"the images without labels"}
 
 
 def stream_of(cfg):

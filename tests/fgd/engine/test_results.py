@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fgd.engine.results import evaluated_otherwise, file_digest, read_results, without_ap
+from fgd.engine.results import evaluated_otherwise, read_results, without_ap
 from fgd.errors import UserError
+from fgd.weights import weights_sha256
 
 BOX = {"bbox": {"AP": 12.5, "APs": None}}
 
@@ -35,7 +36,7 @@ def test_results_belong_to_a_checkpoint_and_to_test_data(tmp_path):
     weights = tmp_path / "model_final.pth"
     weights.write_bytes(b"one")
     tested = {"annotations": "a", "images": "b"}
-    evaluated = {"weights": file_digest(str(weights)), **tested}
+    evaluated = {"weights": weights_sha256(str(weights)), **tested}
     found = {"iteration": 3, "evaluated": evaluated, **BOX}
     path = tmp_path / "results.json"
     path.write_text(json.dumps(found))

@@ -6,12 +6,12 @@ import torch
 from fgd.config import load_config
 from fgd.data.contents import describe_sets
 from fgd.data.datasets import image_sets
-from fgd.engine.results import file_digest
 from fgd.errors import UserError
 from fgd.study.arms import study_config
 from fgd.study.earlier import check_finished, with_test_data
 from fgd.study.files import disbelieved, is_finished, was_given_factor, write_measured
 from fgd.study.plan import plan
+from fgd.weights import weights_sha256
 from tests.fgd.training import write_dataset
 
 from .finished import finish
@@ -136,7 +136,7 @@ def test_results_have_to_be_of_the_test_data_and_the_checkpoint(begun):
     assert run.tested == now and is_finished(
         run
     )  # an earlier version does not say what they are of
-    evaluated = {"weights": file_digest(str(run.folder / "model_final.pth")), **now}
+    evaluated = {"weights": weights_sha256(str(run.folder / "model_final.pth")), **now}
     finish(run, evaluated=evaluated)
     assert is_finished(run)
     for key, text in (("images", "other test data (images differ)"), ("weights", "another check")):
@@ -148,7 +148,7 @@ def test_results_have_to_be_of_the_test_data_and_the_checkpoint(begun):
 def test_other_training_data_and_another_teacher_are_refused(begun, tmp_path):
     run, cfg, write = begun
     data = describe_sets(image_sets(cfg, "TRAIN"))
-    teacher = {"weights": "t.pth", "sha256": file_digest(str(tmp_path / "t.pth"))}
+    teacher = {"weights": "t.pth", "sha256": weights_sha256(str(tmp_path / "t.pth"))}
     write(data=data, teacher=teacher)
     with_test_data([run], cfg)
     write(data={**data, "images": "0"}, teacher=teacher)

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image, ImageOps
 
 from fgd import cli
-from fgd.engine.results import file_digest
 from fgd.errors import UserError
 from fgd.study.__main__ import main
 from fgd.study.arms import study_config
@@ -15,6 +14,7 @@ from fgd.study.files import disbelieved, is_finished, read_result
 from fgd.study.plan import plan
 from fgd.study.runs import Runner
 from fgd.study.select import keeping_best, select_facts, selected
+from fgd.weights import weights_sha256
 from tests.fgd.training import distilled, training_cfg, write_dataset
 
 from .finished import finish
@@ -69,7 +69,7 @@ def test_the_checkpoint_that_was_chosen_is_what_is_reported(
         assert words[0] == expected and not is_finished(run)
         assert cli.main(words) == 0
     result = read_result(run)
-    best, final = (file_digest(str(run.folder / f"model_{x}.pth")) for x in ("best", "final"))
+    best, final = (weights_sha256(str(run.folder / f"model_{x}.pth")) for x in ("best", "final"))
     assert result["evaluated"]["weights"] == best and is_finished(run)
     assert read_result(run.trained)["evaluated"]["weights"] == final != best
     words = ["--config-file", config_file, "--arms", "student", "--seeds", "0", "--report"]

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 
+from ..errors import in_one_line
 from . import gpu_numbers, gpu_speed, gpu_syncs, gpu_training
 from .gpu_pairs import Settings
 from .gpu_report import FAILED, SKIPPED, plain, status_of
@@ -115,8 +116,7 @@ def _run(part: Part, settings: Settings, left: float, budget: float) -> Dict[str
         else:
             result.update(status=FAILED, error=f"ended after {limit:.0f} s")
     except Exception as error:  # whatever it is: the other parts are worth having
-        text = " ".join(str(error).split())[:500]
-        result.update(status=FAILED, error=f"{type(error).__name__}: {text}")
+        result.update(status=FAILED, error=in_one_line(error, 500))
         result["traceback"] = _lines(error)
     result["seconds"] = time.monotonic() - start
     return result

@@ -9,6 +9,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..config import get_fgd_cfg
+from ..distillation.needs import wants_regions
+from ..errors import in_one_line
 from ..methods.fgd.method import terms_function
 from ..methods.fgd.terms import GlobalContext, composed_terms
 from ..methods.method import METHOD_REGISTRY
@@ -131,8 +133,7 @@ def measure_kernels(settings: Settings, implementation: str) -> Dict[str, Any]:
         try:
             rows += _compare(implementation, case, own, exact, scales)
         except Exception as error:  # of a kernel: the rows of the other cases are kept
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            rows.append(note(str(case), text, met=False, must=True))
+            rows.append(note(str(case), in_one_line(error, 300), met=False, must=True))
     return {"rows": rows}
 
 
@@ -160,8 +161,7 @@ def methods_by_pyramid() -> Dict[str, List[str]]:
     for name, method in METHOD_REGISTRY:
         if method.__module__.startswith("fgd."):
             needs = method.needs_of(method.node(cfg))
-            of_regions = any(need.startswith("region") for need in needs)
-            found["rcnn" if of_regions else "retinanet"].append(name)
+            found["rcnn" if wants_regions(needs) else "retinanet"].append(name)
     return found
 
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fgd_inputs.coco import CocoFile
-from fgd_inputs.image_contents import equal_files, look_up, set_digest
+from fgd_inputs.image_contents import ImageFile, equal_files, look_up, set_digest
 from fgd_inputs.names import one_line
 
 from ..files import file_sha256
@@ -67,8 +67,7 @@ def describe_sets(sets: Sequence[ImageSet]) -> Dict[str, str]:
     else:
         every = [own.annotations for own in sets]
         annotations = hashlib.sha256("\n".join(every).encode()).hexdigest() if all(every) else ""
-    files = look_up([path for own in sets for path in own.files])
-    return {"annotations": annotations, "images": set_digest(files)}
+    return {"annotations": annotations, "images": set_digest(_files(sets))}
 
 
 def describe_names(names: Sequence[str]) -> Dict[str, str]:
@@ -83,9 +82,9 @@ def shared_images(cfg: CfgNode) -> str:
     Args:
         cfg: with registered datasets.
     """
-    sets = {x: [registered_set(name) for name in cfg.DATASETS[x]] for x in _NAMES}
+    files = {x: _files([registered_set(name) for name in cfg.DATASETS[x]]) for x in _NAMES}
     pairs = [("TRAIN", "TEST"), ("TRAIN", "VALID"), ("TEST", "VALID")]
-    found = [shared_between(sets[a], sets[b], _NAMES[a], _NAMES[b]) for a, b in pairs]
+    found = [_shared(files[a], files[b], _NAMES[a], _NAMES[b]) for a, b in pairs]
     return "; ".join(filter(None, found))
 
 
@@ -99,12 +98,21 @@ def shared_between(
     test_name: str = "test",
 ) -> str:
     """The same of two sets that need not be registered."""
-    trained, tested = ([path for own in sets for path in own.files] for sets in (train, test))
-    same = equal_files(look_up(tested), look_up(trained))
+    return _shared(_files(train), _files(test), training_name, test_name)
+
+
+def _files(sets: Sequence[ImageSet]) -> List[ImageFile]:
+    return look_up([path for own in sets for path in own.files])
+
+
+def _shared(
+    trained: List[ImageFile], tested: List[ImageFile], training_name: str, test_name: str
+) -> str:
+    same = equal_files(tested, trained)
     if not same:
         return ""
     first = next(iter(same))
-    ours, theirs = tested[first], trained[same[first]]
+    ours, theirs = tested[first].path, trained[same[first]].path
     example = one_line(ours if ours == theirs else f"{ours} is {theirs}")
     every = "all" if len(same) == len(tested) else f"{len(same)} of"
     return (

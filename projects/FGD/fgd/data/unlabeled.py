@@ -10,7 +10,7 @@ from typing import Dict, List
 from detectron2.config import CfgNode
 
 from fgd_inputs.file_names import find_images
-from fgd_inputs.image_contents import equal_files, look_up, set_digest
+from fgd_inputs.image_contents import equal_files, look_up
 from fgd_inputs.names import one_line
 
 from ..errors import UserError
@@ -82,8 +82,3 @@ def unlabeled_records(cfg: CfgNode) -> List[Dict[str, str]]:
 
 def _files(names) -> List[str]:
     return [path for name in names for path in registered_set(name).files]
-
-
-def unlabeled_digest(cfg: CfgNode) -> str:
-    """SHA-256 of these images, as `fgd_inputs.image_contents.set_digest`."""
-    return set_digest(look_up([record["file_name"] for record in unlabeled_records(cfg)]))

@@ -14,11 +14,10 @@ from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .pretrained import (
     Normalisation,
     check_pretrained,
-    in_one_line,
     load_pretrained,
     timm_normalisation,
 )

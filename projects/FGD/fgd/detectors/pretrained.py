@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from ..weights import LoadReport, load_complete, weights_sha256
 
 KEY = "MODEL.TIMM.PRETRAINED"
@@ -61,10 +61,6 @@ def timm_normalisation(key: str, name: str) -> Normalisation:
         raise UserError(f"{key} {name!r}: {in_one_line(error)}") from error
     known = resolve_data_config(pretrained_cfg=pretrained.to_dict())
     return Normalisation(*([round(255 * x, 4) for x in known[part]] for part in ("mean", "std")))
-
-
-def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_pretrained(value: Union[bool, str], name: str) -> None:

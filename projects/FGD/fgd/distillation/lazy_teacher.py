@@ -14,8 +14,7 @@ from torch import nn
 
 from ..config import get_fgd_cfg, student_config
 from ..data.checks import NUM_CLASSES_KEYS
-from ..detectors.pretrained import in_one_line
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from .lazy_zoo import TEACHERS, Entry
 
 KEY = "MODEL.DISTILLER.TEACHER.CONFIG_FILE"

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ..config import get_fgd_cfg, student_config
 from ..detectors.backbones import check_timm_name
-from ..detectors.pretrained import in_one_line, timm_normalisation
-from ..errors import UserError
+from ..detectors.pretrained import timm_normalisation
+from ..errors import UserError, in_one_line
 from ..weights import LoadReport, load_complete
 
 KEY = "MODEL.DISTILLER.TEACHER.TIMM"

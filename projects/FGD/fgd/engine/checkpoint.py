@@ -23,23 +23,15 @@ Keys of the file (format "fgd-1"; tensors, numbers, strings, lists and dicts onl
 import logging
 import os
 import shutil
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from torch import nn
 
 from .. import compat
-from ..checkpoint_entries import FORMAT, check_kinds
-from ..config import META_ARCHITECTURE, student_config
-from ..data.contents import describe_names
-from ..data.unlabeled import unlabeled_digest
-from ..distillation.config import needs_teacher
-from ..distillation.teacher import describe_teacher
-from ..distillation.unlabeled import wants_unlabeled
+from ..checkpoint_entries import check_kinds
 from ..errors import UserError
 from ..files import atomic_write, save_sealed
 from ..processes import rng
@@ -57,37 +49,6 @@ def student_of(model: nn.Module) -> nn.Module:
     """The plain detector inside DDP and Distiller, or the model itself."""
     model = compat.unwrap(model)
     return getattr(model, "student", model)
-
-
-def describe_run(cfg: CfgNode) -> dict:
-    """The parts of a checkpoint that do not change during a run; they travel with the weights."""
-    classes: List[str] = []
-    if cfg.DATASETS.TRAIN:
-        classes = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []))
-    return {
-        "format": FORMAT,
-        "checksum": "sha256",
-        "config": student_config(cfg).dump(),
-        "full_config": cfg.dump(),
-        "classes": classes,
-        "teacher": _describe_teacher(cfg),
-        "data": on_main_process(lambda: _describe_data(cfg)),
-    }
-
-
-def _describe_data(cfg: CfgNode) -> Optional[Dict[str, str]]:
-    names = list(cfg.DATASETS.TRAIN)
-    if not names or not set(names) <= set(DatasetCatalog.list()):
-        return None
-    data = describe_names(names)
-    return {**data, "unlabeled": unlabeled_digest(cfg)} if wants_unlabeled(cfg) else data
-
-
-def _describe_teacher(cfg: CfgNode) -> Optional[Dict[str, str]]:
-    """What taught, so that a deployed student can be traced back to it; None: no teacher."""
-    if cfg.MODEL.META_ARCHITECTURE != META_ARCHITECTURE or not needs_teacher(cfg):
-        return None
-    return describe_teacher(cfg)
 
 
 class TrainingCheckpointer(DetectionCheckpointer):

@@ -103,11 +103,14 @@ def _use_truth(name: str, folder: str, *, keypoints: bool) -> Optional[Tuple[str
     if found is None:
         return None
     path = os.path.join(folder, f"{name}_truth.json")
-    truth = json.dumps(found.truth()).encode()
     os.makedirs(folder, exist_ok=True)
-    on_main_process(lambda: atomic_write(path, lambda file: file.write(truth)))
+
+    def write() -> None:
+        atomic_write(path, lambda file: file.write(json.dumps(found.truth()).encode()))
+
+    on_main_process(write)
     if not os.path.exists(path):  # on a machine without the main one's disk
-        atomic_write(path, lambda file: file.write(truth))
+        write()
     vars(metadata).pop("json_file", None)  # of an evaluation into another folder
     metadata.json_file = path
     if all("segmentation" in entry for entry in found.annotations):

@@ -2,7 +2,6 @@
 
 import math
 import os
-from functools import lru_cache
 from typing import Any, List, Mapping
 
 from fgd_inputs.json_file import number, read_json, shown
@@ -63,18 +62,7 @@ def evaluated_otherwise(results: Mapping[str, Any], weights: str, tested: Mappin
     """
     evaluated = results.get(EVALUATED, {})
     own = evaluated.get("weights")
-    if own and os.path.isfile(weights) and file_digest(weights) != own:
+    if own and os.path.isfile(weights) and weights_sha256(weights) != own:
         return f"is of another checkpoint than {weights}"
     other = [key for key, value in tested.items() if evaluated.get(key, value) != value]
     return f"is of other test data ({' and '.join(other)} differ)" if other else ""
-
-
-def file_digest(weights: str) -> str:
-    """`weights_sha256`, read again only when the file has changed."""
-    found = os.stat(weights)
-    return _hashed(weights, found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@lru_cache
-def _hashed(path: str, *unchanged: int) -> str:
-    return weights_sha256(path)

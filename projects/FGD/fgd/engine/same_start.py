@@ -1,12 +1,12 @@
 """What processes must have been started with alike, on whatever machines they run."""
 
 import hashlib
-from typing import Dict, Sequence
+from typing import Dict, Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from ..data.contents import describe_sets, registered_set
+from ..data.contents import describe_names
 from ..distillation.teacher import config_text
 from ..weights import weights_sha256
 from ..yaml_config import leaves
@@ -43,11 +43,15 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
     Raises:
         UserError: the teacher's config cannot be read.
     """
-    facts = {"the classes": str(header["classes"]), **describe_data(cfg)}
+    trained = header.get("data") or {}
+    facts = {
+        "the classes": str(header["classes"]),
+        "the data of DATASETS.TRAIN": _short(trained),
+        **describe_data(cfg, ("TEST", "VALID")),
+    }
     facts["the teacher's file"] = (header["teacher"] or {}).get("sha256", "none")[:8]
-    unlabeled = (header.get("data") or {}).get("unlabeled")
-    if unlabeled:
-        facts["the images without labels"] = unlabeled[:8]
+    if "unlabeled" in trained:
+        facts["the images without labels"] = trained["unlabeled"][:8]
     text = config_text(cfg) if header["teacher"] else ""
     if text:
         facts["the teacher's config"] = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -56,16 +60,19 @@ def describe_start(cfg: CfgNode, header: dict) -> Dict[str, str]:
     return facts
 
 
-def describe_data(cfg: CfgNode) -> Dict[str, str]:
+def describe_data(
+    cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST", "VALID")
+) -> Dict[str, str]:
     """Digests of the registered datasets of the config, see `fgd.data.contents.describe_sets`."""
     return {
-        f"the data of DATASETS.{split}": _digest(cfg.DATASETS[split])
-        for split in ("TRAIN", "TEST", "VALID")
+        f"the data of DATASETS.{split}": _short(
+            describe_names([name for name in cfg.DATASETS[split] if name in DatasetCatalog.list()])
+        )
+        for split in splits
         if cfg.DATASETS[split]
     }
 
 
-def _digest(names: Sequence[str]) -> str:
-    sets = [registered_set(name) for name in names if name in DatasetCatalog.list()]
-    facts = describe_sets(sets)
-    return hashlib.sha256(f"{facts['annotations']} {facts['images']}".encode()).hexdigest()[:8]
+def _short(data: Mapping[str, str]) -> str:
+    text = f"{data.get('annotations')} {data.get('images')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -33,7 +33,8 @@ from . import evaluation, run_folder, solver
 from .adaptive import adaptive_hooks
 from .average import Average
 from .best import KeepBest, check_metric
-from .checkpoint import TrainingCheckpointer, describe_run, student_of
+from .checkpoint import TrainingCheckpointer, student_of
+from .header import describe_run
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals, SavePeriodically
 from .same_start import describe_start
@@ -101,7 +102,8 @@ class FGDTrainer(DefaultTrainer):
         """All that can fail in one process alone: files are read, on each machine its own."""
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        return model, optimizer, self.build_train_loader(cfg), describe_run(cfg)
+        stream = self.build_train_loader(cfg)
+        return model, optimizer, stream, describe_run(cfg, stream.unlabeled)
 
     def resume_or_load(
         self, resume: bool = True, *, allow_changes: bool = False, overwrite: bool = False

@@ -9,9 +9,10 @@ from ..config import load_config
 from ..data.contents import describe_sets
 from ..data.datasets import image_sets
 from ..engine.config_change import differences, result_changes
-from ..engine.results import BEST, file_digest
+from ..engine.results import BEST
 from ..engine.run_folder import recorded
 from ..errors import UserError
+from ..weights import weights_sha256
 from .arms import LONG
 from .factors import KEY
 from .files import has_results, was_given_factor
@@ -81,13 +82,14 @@ def with_test_data(runs: Sequence[Run], cfg: CfgNode) -> List[Run]:
             own = cfg.clone() if run.eval_only else _config(run)
             own.OUTPUT_DIR = str(run.folder)  # generated sets are there
             node = own.DATASETS.JSON
-            key = own.DATASETS.dump() + ("" if node.TRAIN and node.TEST else own.OUTPUT_DIR)
+            stated = node.TRAIN and node.TEST and (node.VALID or not run.select)
+            key = own.DATASETS.dump() + ("" if stated else own.OUTPUT_DIR)
             if key not in known:
-                known[key] = {split: _digests(own, split) for split in ("TRAIN", "TEST")}
+                known[key] = {x: _digests(own, x) for x in ("TRAIN", "TEST", "VALID")}
             _check_data(run, header.get("data", {}), known[key]["TRAIN"], "training")
             if run.select:
                 best = recorded(str(run.folder), BEST).get("best", {})
-                _check_data(run, best, _digests(own, "VALID"), "validation")
+                _check_data(run, best, known[key]["VALID"], "validation")
             _check_teacher(run, header.get("teacher", {}).get("sha256"), own)
             run = run._replace(tested=known[key]["TEST"])
         checked.append(run)
@@ -113,8 +115,8 @@ def _check_data(run: Run, began: Dict[str, str], now: Dict[str, str], what: str)
 
 def _check_teacher(run: Run, taught: Optional[str], cfg: CfgNode) -> None:
     path = cfg.MODEL.DISTILLER.TEACHER.WEIGHTS
-    if taught and os.path.isfile(path) and file_digest(path) != taught:
+    if taught and os.path.isfile(path) and weights_sha256(path) != taught:
         raise UserError(
             f"{run}: taught in {run.folder} by another teacher than {path} is now (SHA-256 "
-            f"{taught[:8]}..., now {file_digest(path)[:8]}...); {_WAYS_OUT}"
+            f"{taught[:8]}..., now {weights_sha256(path)[:8]}...); {_WAYS_OUT}"
         )
