@@ -147,7 +147,7 @@ def table(rows: Sequence[dict]) -> str:
         graph = row.get("graph")
         line.append(f"{graph['matched']} of {graph['expected']}" if graph else "")
         line += [_number(row.get(role, {}).get("minutes"), 1) for role in ROLES]
-        cells.append([*line, row["failed"] or "passed"])
+        cells.append([*line, outcome(row)])
     headers = ["", "teacher, box AP", "student", "teacher, mask AP", "student"]
     headers += ["detections of the graph", "teacher, minutes", "student", ""]
     return tabulate(cells, headers, "github", disable_numparse=True)
@@ -157,9 +157,21 @@ def _number(value, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def write(output: Path, rows: Sequence[dict]) -> None:
-    page = f"# Every detector, {ITERATIONS} iterations\n\n{table(rows)}\n"
-    write_pages(output, "quick", rows, page)
+def outcome(row: dict) -> str:
+    return row["failed"] or "passed"
+
+
+def check_each(output: Path, name: str, heading: str, items, check, table, outcome) -> List[dict]:
+    """Rows of all items, checked one after the other; the pages are written after each."""
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    rows: List[dict] = []
+    for item in items:
+        rows.append(check(item, output))
+        print(f"{item}: {outcome(rows[-1])}", flush=True)
+        write_pages(output, name, rows, f"# {heading}\n\n{table(rows)}\n")
+    print(f"\n{table(rows)}\n\n{output / f'{name}.md'}")
+    return rows
 
 
 def write_pages(output: Path, name: str, rows: Sequence[dict], page: str) -> None:
@@ -179,14 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the detectors one after the other; 1 if any failed."""
     args = build_parser().parse_args(argv)
-    output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for detector in args.only:
-        rows.append(check(detector, output))
-        print(f"{detector}: {rows[-1]['failed'] or 'passed'}", flush=True)
-        write(output, rows)
-    print(f"\n{table(rows)}\n\n{output / 'quick.md'}")
+    heading = f"Every detector, {ITERATIONS} iterations"
+    rows = check_each(args.output, "quick", heading, args.only, check, table, outcome)
     return int(any(row["failed"] for row in rows))
 
 

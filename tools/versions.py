@@ -11,12 +11,13 @@ import json
 import shutil
 import subprocess
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import List, Optional, Sequence
 
 from tabulate import tabulate
 
-from tools.quick import ROOT, Failed, run, write_pages
+from tools.quick import ROOT, Failed, check_each, run
 
 NEWEST = "newest"  # PyTorch with which the newest torchvision goes
 PAIRS = ("3.11:2.9", "3.12:2.11", f"3.13:{NEWEST}")
@@ -128,15 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the pairs one after the other; 1 if any failed."""
     args = build_parser().parse_args(argv)
-    output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for pair in args.pairs:
-        rows.append(check(pair, output))
-        print(f"{pair}: {rows[-1]['outcome']}", flush=True)
-        write_pages(output, "versions", rows, f"# Versions\n\n{table(rows)}\n")
-    print(f"\n{table(rows)}\n\n{output / 'versions.md'}")
-    return int(any(not row["outcome"].startswith(("passed", "not run")) for row in rows))
+    outcome = itemgetter("outcome")
+    rows = check_each(args.output, "versions", "Versions", args.pairs, check, table, outcome)
+    return int(any(not outcome(row).startswith(("passed", "not run")) for row in rows))
 
 
 if __name__ == "__main__":
