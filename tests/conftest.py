@@ -1,8 +1,11 @@
 """Tiny detectors that train and run in well under a second on one core."""
 
+import logging
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import setup_logger
 from hypothesis import settings
 
 from fgd.config import get_fgd_cfg
@@ -78,3 +81,18 @@ def make_batch():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_loggers():
+    """Detectron2 sets loggers up once per process, on the stdout of that moment. Pytest closes it
+    after the test, and a later test would find errors of logging in its own output.
+    """
+    yield
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "fgd"):
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()

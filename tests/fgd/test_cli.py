@@ -18,8 +18,6 @@ from tests.fgd.engine.killing import metrics
 
 from .training import assert_equal, distilled, training_cfg
 
-pytestmark = pytest.mark.usefixtures("forget_loggers")
-
 
 @pytest.fixture
 def config_file(tmp_path):
@@ -117,6 +115,15 @@ def test_mistakes_are_one_line_and_exit_code_2(case, config_file, tmp_path, capf
     code, err = run(capfd, "--config-file", config_file, *arguments)
     assert code == 2 and message in error_line(err)
     assert not list(tmp_path.glob("out/*.pth"))
+
+
+def test_a_line_is_written_as_a_whole(config_file, monkeypatch):
+    """Processes of two machines write to one stderr, whose lines must not run together."""
+    written = []
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    assert cli.main(["--config-file", str(config_file), "MODEL.FOO", "1"]) == 2
+    (line,) = [x for x in written if x.startswith("error: ")]
+    assert line.endswith("\n") and "MODEL.FOO" in line
 
 
 def test_cuda_on_a_machine_without_it(config_file, capfd, monkeypatch):

@@ -9,8 +9,6 @@ from fgd import cli
 from tests.fgd.doctor.clinic import student_cfg, train_teacher
 from tests.fgd.training import assert_equal
 
-pytestmark = pytest.mark.usefixtures("forget_loggers")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -114,13 +114,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if code == StoppedError.exit_code:
             if not under_torchrun() or os.environ["RANK"] == "0":
                 command = command_to_go_on(argv)
-                print(f"{one_line(error)}; go on with: {command}", file=sys.stderr)
+                write_line(f"{one_line(error)}; go on with: {command}")
             return code
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        write_line(f"error: {one_line(error)}")
         if code == 1 or args.debug:
             details = error.details if isinstance(error, WorkerError) else traceback.format_exc()
             print(details, file=sys.stderr)
         return code
+
+
+def write_line(line: str) -> None:
+    """Write a line to stderr as a whole; print() writes the line break by itself, and the lines of
+    two machines' processes on one stderr (srun) would run together.
+    """
+    sys.stderr.write(f"{line}\n")
 
 
 def command_to_go_on(argv: Optional[Sequence[str]] = None) -> str:

@@ -154,7 +154,6 @@ def test_a_missing_package_names_the_command_that_installs_it(monkeypatch):
     )
 
 
-@pytest.mark.usefixtures("forget_loggers")
 def test_a_training_without_the_package_ends_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     opts = ("MODEL.TIMM.NAME", f"tf_{LITE0}", "MODEL.TIMM.PRETRAINED", f"package:{LITE0}")

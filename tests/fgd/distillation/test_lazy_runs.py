@@ -16,7 +16,6 @@ from tests.fgd.training import training_cfg
 
 from .lazy_teachers import KEY, SQUARE, TINY, taught, trained
 
-pytestmark = pytest.mark.usefixtures("forget_loggers")
 CODE = """
 from tests.fgd.distillation.lazy_teachers import square_teacher
 model = square_teacher()

@@ -18,8 +18,6 @@ from fgd.engine import solver
 
 from .clinic import CLASSES, distilled_cfg, save_teacher, write_config
 
-pytestmark = pytest.mark.usefixtures("forget_loggers")
-
 
 def run(capfd, cfg, folder, *argv):
     """Exit code of the command, its stderr, and doctor.json if there is one."""

@@ -19,7 +19,7 @@ from tests.fgd.training import write_dataset
 SAVED = Path(__file__).parents[1] / "saved_run"
 
 
-def test_it_is_resumed_to_the_same_end(tmp_path, monkeypatch, forget_loggers, request):
+def test_it_is_resumed_to_the_same_end(tmp_path, monkeypatch, request):
     """The one change is the name of the data, which has a digest of where they lie."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the end was made: sums in another order move it

@@ -59,7 +59,7 @@ def test_only_students_that_are_compared_are_chosen(config_file, tmp_path):
 
 
 def test_the_checkpoint_that_was_chosen_is_what_is_reported(
-    config_file, tmp_path, capsys, monkeypatch, forget_loggers
+    config_file, tmp_path, capsys, monkeypatch
 ):
     """Both commands of a run, as the study gives them, and its page."""
     run = student_run(config_file, tmp_path / "study")
