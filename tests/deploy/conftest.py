@@ -1,5 +1,8 @@
-"""Tiny students with well-conditioned weights, exported once per session by the command itself."""
+"""Tiny students with well-conditioned weights, each exported once by the command itself."""
 
+import fcntl
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +72,26 @@ def save_checkpoint(model, cfg, path, /, **changes):
 
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory):
-    """Factory: cfg, command line options -> Exported, made by `export.main`."""
+    """Factory: cfg, command line options -> Exported, made by `export.main`.
+
+    One folder serves all pytest processes, since most of an export's time is the exporter's: what
+    is in it is read only.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     def make(cfg, *options):
-        folder = tmp_path_factory.mktemp("export")
-        model = conditioned(cfg)
-        checkpoint = save_checkpoint(model, cfg, folder / "student.pth")
-        assert main([str(checkpoint), *options]) == 0
-        return Exported(model, checkpoint, folder / "student_onnx")
+        key = hashlib.sha256(repr((cfg.dump(), options)).encode()).hexdigest()[:16]
+        folder, model = shared / f"export_{key}", conditioned(cfg)
+        made = Exported(model, folder / "student.pth", folder / "student_onnx")
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.folder.exists():
+                save_checkpoint(model, cfg, made.checkpoint)
+                assert main([str(made.checkpoint), *options]) == 0
+        return made
 
     return make
 

@@ -110,7 +110,7 @@ def test_a_stopped_command_goes_on_and_parts_add_up(config, tmp_path, monkeypatc
 def test_a_kill_leaves_whole_files(config, tmp_path):
     """SIGKILL once two images are there; the next call makes the others."""
     code = "from fgd.adversarial.__main__ import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", code, "--config-file", str(config), "--steps", "40"]
+    command = [sys.executable, "-c", code, "--config-file", str(config), "--steps", "15"]
     folder = tmp_path / "adversarial"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -121,7 +121,7 @@ def test_a_kill_leaves_whole_files(config, tmp_path):
     process.wait()
     assert 2 <= len(pixels(folder)) < 6  # each is whole: reading raises if it is torn
     json.loads((folder / RECORD).read_text())
-    assert call(config, "--steps", 40) == 0
+    assert call(config, "--steps", 15) == 0
     assert len(pixels(folder)) == 6
 
 
