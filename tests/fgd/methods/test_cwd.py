@@ -151,6 +151,22 @@ def test_extremely_peaked_maps_stay_finite():
     assert value.isfinite() and value > 0 and student.grad.isfinite().all()
 
 
+def test_large_maps_give_no_denormal_numbers_and_the_exact_value():
+    """Probabilities of 1e-30 to 1e-300: value and gradient are those of float64 without a bound."""
+    student, teacher = 30 * random(1, 4, 9, 9, seed=1), 30 * random(1, 4, 9, 9, seed=2)
+    small = student.float().requires_grad_()
+    value = channel_divergence(small, teacher.float())
+    value.backward()
+    exact = student.requires_grad_()
+    log_q, log_p = (x.flatten(2).log_softmax(2) for x in (exact, teacher))
+    wanted = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / 4
+    wanted.backward()
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted > 10
+    torch.testing.assert_close(small.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    sizes = small.grad.abs()[small.grad != 0]
+    assert len(sizes) > 50 and sizes.min() > torch.finfo(torch.float32).tiny
+
+
 def test_levels_of_unequal_channels_are_aligned():
     levels = [Level("p3", 3, 5), Level("p4", 4, 4)]
     method = CWD(levels, {"divergence": 2.0}, 1.5)
