@@ -12,8 +12,8 @@ import numpy as np
 # the 3840 that TensorRT's TopK sorts at most.
 ROWS = 2048
 ROUNDS = 12  # 3 to 8 were needed on drawn and real images
-# Value inside the graph: 1 for rows kept after a round, 0 for the others, (B, rows, 1); before the
-# first round valid rows are. "raw." makes it readable from outside.
+# Value inside the graph: 1 for rows kept after a round, 0 for the others, (B, rows, 2) with both
+# columns the same; before the first round valid rows are. "raw." makes it readable from outside.
 ROUND = "raw.nms.{}.round{:02d}"
 _PREFIX, _ROUND = "raw.nms.", ".round"  # of its name
 
@@ -60,7 +60,7 @@ class Rounds:
 
 
 def _by_nms(raw: Dict[str, np.ndarray]) -> List[List[np.ndarray]]:
-    """Per NMS the (images, rows, 1) kept maps, before the first round and after each."""
+    """Per NMS the (images, rows, 2) kept maps, before the first round and after each."""
     found: Dict[str, List[str]] = {}
     for name in sorted(name for name in raw if name.startswith(_PREFIX)):
         found.setdefault(name.rpartition(_ROUND)[0], []).append(name)

@@ -49,7 +49,8 @@ class FixedTransform(MomentTransform):
 
 
 class SampledConv(nn.Module):
-    """`DeformConv` as a bilinear sampling and a plain convolution: GridSample and Conv.
+    """`DeformConv` as a bilinear sampling and a plain convolution: GridSample (for TensorRT Gather,
+    see `static_ops`) and Conv.
 
     The nine values that a cell's taps read are put side by side in a map of three times the size,
     which a 3x3 convolution of stride 3 then reads. ONNX has DeformConv only since operator set 19,

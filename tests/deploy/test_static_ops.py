@@ -165,11 +165,11 @@ def test_of_too_many_boxes_the_best_enter(monkeypatch):
     best = scores >= scores.topk(20)[0][:, -1:]
     expected = Nms()(boxes, torch.where(best, scores, INVALID), groups)
     np.testing.assert_array_equal(index, expected)
-    assert {value.shape for value in raw.values()} == {(2, 20, 1)}
+    assert {value.shape for value in raw.values()} == {(2, 20, 2)}
 
 
 def test_a_full_matrix_is_reported_only_where_detections_are_missing():
-    raw = {f"raw.nms.x.round{i:02d}": np.ones((3, ROWS, 1), np.float32) for i in range(3)}
+    raw = {f"raw.nms.x.round{i:02d}": np.ones((3, ROWS, 2), np.float32) for i in range(3)}
     raw["raw.nms.x.round00"][2, -1] = 0  # a candidate less
     rounds = Rounds()
     rounds.add(raw, np.array([[100], [99], [99]]), 100)
@@ -204,3 +204,16 @@ def test_nms_has_no_size_that_depends_on_data(nms_model):
     assert lint(nms_model) == []
     assert not any("Non" in node.op_type for node in nms_model.graph.node)
     onnx.checker.check_model(nms_model, full_check=True)
+
+
+class Divide(torch.nn.Module):
+    def forward(self, number):
+        return number // 32
+
+
+def test_numbers_are_divided_without_remainders():
+    """18542495 is one of those of which TensorRT 10.7 finds a wrong remainder."""
+    numbers = torch.tensor([[0, 31, 32, 18542495], [1, 33, 2**31 - 1, 2**40]])
+    model = convert(Divide(), (numbers,))
+    np.testing.assert_array_equal(session_of(model)([numbers])[0][0], numbers // 32)
+    assert [node.op_type for node in model.graph.node] == ["Div"]
