@@ -1,7 +1,8 @@
-"""Command: what in a graph TensorRT would refuse or run slowly. Needs onnx, and no TensorRT.
+"""Command: what in a graph TensorRT would refuse, run slowly or get wrong. Needs no TensorRT.
 
-From what TensorRT 10 and 11 document about their ONNX parser. A graph without findings is likely
-to be parsed; only building an engine proves it.
+From what TensorRT 10 and 11 document about their ONNX parser, and from open reports of operators
+that they compute wrongly. A graph without findings is likely to be parsed; only building an engine
+and comparing it with ONNX Runtime proves more.
 """
 
 import argparse
@@ -22,6 +23,17 @@ NMS_BOXES = 5000
 BATCH = 2  # put in place of a dynamic batch to see that all other sizes are constant
 _BY_DATA = ("NonZero", "NonMaxSuppression", "Unique", "Compress")  # sizes that depend on values
 _CONTROL = ("If", "Loop", "Scan")
+# Engines with these build and run. What makes them wrong (batches, typing, neighbouring nodes)
+# differs between the reports, so all are refused.
+_WRONG = "wrong values without an error in TensorRT"
+_AGAIN = "; export again with --target tensorrt"
+REPORTED = {
+    "GridSample": f"{_WRONG} 10.13 to 11.1 (NVIDIA/TensorRT#4813, #4646){_AGAIN}",
+    "Mod": f"{_WRONG} 10.7 (NVIDIA/TensorRT#4702){_AGAIN}",
+    "CumSum": f"{_WRONG} since 10.8 (NVIDIA/TensorRT#4551, #4513)",
+    "GroupNormalization": f"{_WRONG} 10.16 (NVIDIA/TensorRT#4756)",
+    "Or": f"{_WRONG} (NVIDIA/TensorRT#4512)",
+}
 _EXAMPLES = """examples:
   python -m deploy.trt_lint model_final_onnx/model.onnx
 
@@ -105,6 +117,8 @@ def _lint_node(node: onnx.NodeProto, constants: Dict[str, np.ndarray]) -> List[s
         return [f"{kind}: control flow and sequences are slow or refused"]
     if kind in _BY_DATA:
         return [f"{kind}: the size of its result depends on data"]
+    if kind in REPORTED:
+        return [f"{kind}: {REPORTED[kind]}"]
     check = _CHECKS.get(kind)
     return check(node, constants) if check else []
 

@@ -15,12 +15,12 @@ from deploy.graphs.tiny import scenes, tiny_cfg, write_scenes
 from deploy.graphs.trt_build import build_commands
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
-from deploy.trt_lint import lint
+from deploy.trt_lint import REPORTED, lint
 
 from .conftest import conditioned
 from .test_spec import _spec
 
-NAMES = ("RetinaNet", "Mask R-CNN")
+NAMES = ("RepPoints", "Mask R-CNN")
 SIZES = np.array([[96, 128], [96, 70], [50, 128]], np.int32)
 
 
@@ -52,7 +52,7 @@ def test_operators_and_sizes(name, for_tensorrt):
     assert lint(model) == []
     kinds = {node.op_type for node in model.graph.node}
     refused = {"NonMaxSuppression", "NonZero", "ScatterND", "GatherND", "If", "Loop", "Range"}
-    assert not kinds & refused and "Trilu" in kinds
+    assert not kinds & refused and not kinds & {*REPORTED} and "Trilu" in kinds
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     values = [*model.graph.input, *model.graph.output]
     for value in values:
@@ -117,13 +117,13 @@ def test_command_lines():
 @pytest.fixture
 def checkpoint(for_tensorrt, tmp_path):
     path = tmp_path / "student.pth"
-    path.write_bytes(for_tensorrt("RetinaNet").checkpoint.read_bytes())
+    path.write_bytes(for_tensorrt("RepPoints").checkpoint.read_bytes())
     return path
 
 
 def test_what_tensorrt_would_refuse_is_no_model(checkpoint, for_tensorrt, monkeypatch, capsys):
     """A NonZero that changes nothing: every detection is right, and the file is refused."""
-    model = onnx.load(for_tensorrt("RetinaNet").path)
+    model = onnx.load(for_tensorrt("RepPoints").path)
     model.graph.node.append(onnx.helper.make_node("NonZero", ["scores"], ["rows"], "planted"))
     monkeypatch.setattr(deploy.export, "to_onnx", lambda detector, spec: model)
     assert main([str(checkpoint), "--target", "tensorrt"]) == 4
@@ -143,7 +143,7 @@ def test_too_few_rounds_fail_and_are_said(checkpoint, monkeypatch, capsys):
 
 
 def test_int8_is_the_recipe_that_passes_the_lint(checkpoint, for_tensorrt, monkeypatch, tmp_path):
-    exported = for_tensorrt("RetinaNet")
+    exported = for_tensorrt("RepPoints")
     made = onnx.load(exported.path)
     monkeypatch.setattr(deploy.export, "to_onnx", lambda detector, spec: made)
     dataset = write_scenes(tmp_path / "data", exported.model, count=4)
@@ -176,6 +176,6 @@ def test_contradictions_are_refused(checkpoint, options, message, capsys):
 
 
 def test_the_target_is_written_into_the_file(for_tensorrt):
-    model = onnx.load(for_tensorrt("RetinaNet").path)
+    model = onnx.load(for_tensorrt("RepPoints").path)
     inside = ModelSpec.from_metadata({p.key: p.value for p in model.metadata_props})
     assert inside.target == "tensorrt"

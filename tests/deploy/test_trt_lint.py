@@ -148,6 +148,31 @@ def foreign_operator(model):
     model.opset_import.append(helper.make_opsetid("trt", 1))
 
 
+def sampling(model):
+    model.graph.initializer.append(constant("grid", np.zeros((1, 2, 2, 2)), np.float32))
+    add(model, "GridSample", ["y", "grid"])
+
+
+def remainder(model):
+    add(model, "Mod", ["k", "k"])
+
+
+def running_sum(model):
+    add(model, "CumSum", ["row", "k"])
+
+
+def group_norm(model):
+    for name in ("weight", "bias"):
+        model.graph.initializer.append(constant(name, [1], np.float32))
+    add(model, "GroupNormalization", ["y", "weight", "bias"], num_groups=1)
+
+
+def either(model):
+    model.graph.initializer.append(constant("no", False, bool))
+    add(model, "Or", ["no", "no"])
+
+
+WRONG = "wrong values without an error in TensorRT"
 PLANTED = {
     newer_opset: ("the graph", "operator set 21"),
     large_k: ("top", "k is 3840"),
@@ -167,6 +192,15 @@ PLANTED = {
     output_of_any_size: ("output best", "varies"),
     size_from_a_value: ("planted", "ConstantOfShape: the size of its result is not constant"),
     foreign_operator: ("planted", "trt.EfficientNMS_TRT"),
+    sampling: (
+        "planted",
+        f"GridSample: {WRONG} 10.13 to 11.1 (NVIDIA/TensorRT#4813, #4646); export again with "
+        "--target tensorrt",
+    ),
+    remainder: ("planted", f"Mod: {WRONG} 10.7 (NVIDIA/TensorRT#4702); export again with"),
+    running_sum: ("planted", f"CumSum: {WRONG} since 10.8 (NVIDIA/TensorRT#4551, #4513)"),
+    group_norm: ("planted", f"GroupNormalization: {WRONG} 10.16 (NVIDIA/TensorRT#4756)"),
+    either: ("planted", f"Or: {WRONG} (NVIDIA/TensorRT#4512)"),
 }
 
 
