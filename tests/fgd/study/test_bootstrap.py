@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from fgd.study.bootstrap import ALL, change, compare, replicates, resampled_sets
+from fgd.study.classes import changed_classes
+from fgd.study.comparisons import correct
 from fgd.study.matches import index_truth, match
 
 IMAGES = 40
@@ -64,10 +66,57 @@ def test_it_is_paired(sets):
     assert found.low == pytest.approx(1) and found.high == pytest.approx(1) and found.p < 0.01
 
 
-def test_seeds_are_averaged():
-    a = [np.array([10.0, 10, 10]), np.array([20.0, 20, 20])]
-    b = [np.array([12.0, 12, 12]), np.array([14.0, 14, 14])]
-    assert change(a, b)[:3] == (2, 2, 2)
+def test_of_seeds_alone_it_is_the_t_test():
+    """Images that do not matter: mean 2 and deviation 1 of three seeds, t = 2 sqrt(3) = 3.46."""
+    a = [np.full(20001, 10.0 + x) for x in (1, 2, 3)]
+    found = change(a, [np.full(20001, 10.0)] * 3)
+    assert found.difference == 2
+    half = 4.3027 / 3**0.5  # the 97.5 % quantile of Student's t with 2 degrees of freedom
+    assert found.low == pytest.approx(2 - half, abs=0.1)
+    assert found.high == pytest.approx(2 + half, abs=0.1)
+    assert found.p == pytest.approx(0.0742, abs=0.006)
+
+
+def test_seeds_that_agree_add_nothing_and_one_seed_says_nothing_of_others():
+    a = [np.array([10.0, 11, 9]), np.array([20.0, 21, 19])]
+    b = [np.array([8.0, 8, 8]), np.array([18.0, 18, 18])]
+    assert change(a, b) == change(a[:1], b[:1])
+
+
+@pytest.mark.parametrize(("seeds", "of_seed", "of_image"), [(3, 1, 0.3), (2, 1, 1), (5, 0.3, 1)])
+def test_equal_methods_are_told_apart_in_five_percent_of_studies(seeds, of_seed, of_image):
+    """200 studies of two methods that are equally good, each with its luck of seeds and images.
+
+    Over images alone, as with one seed, up to half of them would claim a difference.
+    """
+    random, false, naive = np.random.default_rng(seeds), 0, 0
+    for _ in range(200):
+        own = random.normal(0, of_seed, seeds)[:, None] + random.normal(0, of_image)
+        sets = np.concatenate([[0.0], random.normal(0, of_image, 400)])
+        difference = own + sets
+        false += change(difference, 0 * difference).p <= 0.05
+        naive += change(difference[:1], 0 * difference[:1]).p <= 0.05
+    assert false <= 17  # 5 % are 10 ± 3; beyond this with a chance of 1 %
+    assert naive > false
+
+
+def test_a_class_that_one_model_loses_is_the_one_that_is_named():
+    """Student and distilled are equal but for one of six classes, on images and seeds of luck."""
+    random, of_runs = np.random.default_rng(0), {}
+    names = [f"class {i}" for i in range(6)]
+    images = random.normal(0, 1, (6, 2001))
+    for arm in ("teacher", "student", "distil"):
+        for seed in range(1 if arm == "teacher" else 3):
+            values = 50 + images + random.normal(0, 0.5, (6, 1))
+            values[2] -= 15 * (arm == "distil")
+            of_runs[arm, seed] = {ALL: values.mean(axis=0), **dict(zip(names, values, strict=True))}
+    pairs = [("distil", "student"), ("student", "teacher"), ("distil", "teacher")]
+    rows = correct({"bbox": compare(of_runs, pairs)})["bbox"]
+    counts = [changed_classes(rows, *pair) for pair in pairs]
+    assert [str(x) for x in counts] == ["1 of 6 (−1)", "0 of 6", "1 of 6 (−1)"]
+    assert counts[0].behind == counts[2].behind == ["class 2"]
+    overall = [(row["arm"], row["against"]) for row in rows if row["class"] == ALL]
+    assert overall == pairs[:1]  # that a teacher is better over all is no question
 
 
 def test_sets_without_the_class_do_not_count():

@@ -64,11 +64,18 @@ def row(p, name=ALL, difference=1.0):
 
 
 def test_all_classes_of_boxes_and_masks_are_one_family():
-    changes = {"bbox": [row(0.01), row(0.001, "disc")], "segm": [row(0.02), row(NAN)]}
+    classes = [row(0.001, "disc"), row(0.03, "cross"), row(NAN, "square")]
+    other = {**row(0.001, "disc"), "against": "c"}
+    changes = {
+        "bbox": [row(0.01), *classes, other],
+        "segm": [row(0.02), row(NAN), dict(classes[0])],
+    }
     found = correct(changes)
-    assert [r["corrected"] for r in found["bbox"]] == [0.02, None]
+    of_boxes = [r["corrected"] for r in found["bbox"]]
+    assert of_boxes[:3] == [0.02, 0.002, 0.03] and of_boxes[4] == 0.001  # pairs apart
+    assert math.isnan(of_boxes[3])
     assert found["segm"][0]["corrected"] == 0.02 and math.isnan(found["segm"][1]["corrected"])
-    assert number_of_tests(changes) == 2
+    assert number_of_tests(changes) == (2, 2) and number_of_tests({}) == (0, 0)
     assert "corrected" not in changes["bbox"][0] and correct({}) == {}
 
 

@@ -104,8 +104,11 @@ def check_factors(folder, rows):
 
 def check_page(folder, study):
     compared = [(row["arm"], row["against"], row["class"]) for row in study["changes"]["bbox"]]
-    classes = ["all classes", "square", "disc", "cross"]
-    assert compared == [("FGD+Planted", "FGD", name) for name in classes]
+    classes = ["square", "disc", "cross"]
+    assert compared == [
+        *(("FGD+Planted", "FGD", name) for name in ("all classes", *classes)),
+        *((arm, "teacher", name) for arm in ("FGD", "FGD+Planted") for name in classes),
+    ]
     page = (folder / "study.md").read_text()
     for text in (
         *("Teachers in a row, boxes", "Ranked by AP, boxes", "FGD+Planted against FGD, boxes"),

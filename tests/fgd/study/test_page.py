@@ -2,6 +2,7 @@ import html
 import io
 import re
 
+from fgd.study.classes import class_table
 from fgd.study.page import html_page, markdown
 from fgd.study.pictures import ap_figure
 from fgd.study.report import (
@@ -29,7 +30,7 @@ def row(arm, gap=None, seconds=0.5, factors=(), **kinds):
 
 def change(arm, against, name="all classes", p=0.04, corrected=None, difference=3.5):
     found = {"arm": arm, "against": against, "class": name, "seeds": [0, 1], "p": p}
-    found["corrected"] = p if name == "all classes" and corrected is None else corrected
+    found["corrected"] = p if corrected is None else corrected
     return found | {"difference": difference, "low": -0.25, "high": 7.0}
 
 
@@ -77,11 +78,11 @@ def test_factors_of_seeds():
 
 def test_change_table():
     undefined = change("a", "b", "dog") | dict.fromkeys(
-        ("difference", "low", "high", "p"), float("nan")
+        ("difference", "low", "high", "p", "corrected"), float("nan")
     )
-    assert change_table([change("a", "b", "cat"), undefined])[1:] == [
-        ["cat", "+3.50", "-0.25 … +7.00", "0.040"],
-        ["dog", "–", "– … –", "–"],
+    assert change_table([change("a", "b", "cat", corrected=0.08), undefined])[1:] == [
+        ["cat", "+3.50", "-0.25 … +7.00", "not told apart", "0.040", "0.080"],
+        ["dog", "–", "– … –", "–", "–", "–"],
     ]
 
 
@@ -91,8 +92,8 @@ def test_comparison_table():
     )
     rows = [change("a", "b", corrected=0.12), change("c", "b", p=0.01), undefined]
     assert comparison_table(rows)[1:] == [
-        ["a", "b", "+3.50", "-0.25 … +7.00", "0.040", "0.120", "not told apart"],
-        ["c", "b", "+3.50", "-0.25 … +7.00", "0.010", "0.010", "ahead"],
+        ["a", "b", "+3.50", "-0.25 … +7.00", "not told apart", "0.040", "0.120"],
+        ["c", "b", "+3.50", "-0.25 … +7.00", "ahead", "0.010", "0.010"],
         ["a", "b", "–", "– … –", "–", "–", "–"],
     ]
 
@@ -128,6 +129,31 @@ def test_sections_tell_all_and_name_what_is_missing(tmp_path):
     told = [section.text for section in both if section.title.startswith("Comparisons")]
     assert told == [["a test"], ()]  # the test is explained once
     assert "Missing" not in [section.title for section in sections(study(), {})]
+
+
+def test_classes_and_sizes_of_teacher_student_and_arm():
+    def metrics(cat, dog, small, large):
+        named = {"AP-cat": cat, "AP-dog": dog, "APs": small, "APm": None, "APl": large}
+        return {name: {"each": [x], "mean": x, "sd": None} for name, x in named.items()}
+
+    rows = [row("teacher"), row("student"), row("PKD")]
+    for x, values in zip(
+        rows, ((60, 40, 30, 50), (30, 10, 5, 25.5), (50, 35, 20, 30)), strict=True
+    ):
+        x["bbox"] = metrics(*values)
+    compared = [
+        change("PKD", "student", "cat"),
+        change("PKD", "student", "dog", corrected=0.051),
+        change("PKD", "student", p=0.001),
+        change("PKD", "teacher", "cat", difference=-2.0),
+        change("PKD", "teacher", "dog", difference=-3.0),
+    ]
+    assert class_table(rows, compared, "bbox")[1:] == [
+        ["teacher", "–", "–", "cat 60.0", "dog 40.0", "20.0", "20.0"],
+        ["student", "–", "–", "cat 30.0", "dog 10.0", "20.0", "20.5"],
+        ["PKD", "1 of 2 (+1)", "2 of 2 (−2)", "cat 50.0", "dog 35.0", "15.0", "10.0"],
+    ]
+    assert class_table([row("student", bbox=SPREAD)], [], "bbox") == []  # one class
 
 
 def test_markdown_links_pictures_and_keeps_cells_apart(tmp_path):

@@ -230,7 +230,7 @@ def collect(
         "budget": measured,
         "stages": stage_rows(runs, stages) if STAGES in arms else [],
         "changes": changed,
-        "test": how_tested(args.resamples, number_of_tests(changed)),
+        "test": how_tested(args.resamples, *number_of_tests(changed)),
     }
 
 

@@ -1,6 +1,7 @@
 """Which arms are compared, and which differences remain when so many are looked at."""
 
 import math
+from collections import defaultdict
 from typing import Dict, List, Sequence, Tuple
 
 from detectron2.config import CfgNode
@@ -41,6 +42,12 @@ def pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
     return [(arm, against) for arm, against in found if arm in arms and against in arms]
 
 
+def teacher_pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
+    """The student alone and the arms that distil, each with the teacher, if there is one."""
+    found = [STUDENT, main_arm(cfg), *method_arms(arms)]
+    return [(arm, TEACHER) for arm in dict.fromkeys(found) if {arm, TEACHER} <= {*arms}]
+
+
 def holm(ps: Sequence[float]) -> List[float]:
     """p values corrected for their number (Holm 1979), in the order given.
 
@@ -55,24 +62,38 @@ def holm(ps: Sequence[float]) -> List[float]:
     return corrected
 
 
-def correct(changes: Dict[str, List[dict]]) -> Dict[str, List[dict]]:
-    """The rows of every kind, those of all classes with "corrected": p by `holm` over all these.
+def _families(changes: Dict[str, List[dict]]) -> Dict[tuple, List[dict]]:
+    """What is corrected together: () → rows of all classes; (kind, arm, against) → its classes."""
+    families: Dict[tuple, List[dict]] = defaultdict(list)
+    for kind, compared in changes.items():
+        for row in compared:
+            pair = () if row["class"] == ALL else (kind, row["arm"], row["against"])
+            families[pair].append(row)
+    return families
 
-    Boxes and masks are one family, because a page claims something of both. Rows of single classes
-    have None.
+
+def correct(changes: Dict[str, List[dict]]) -> Dict[str, List[dict]]:
+    """The rows of every kind with "corrected": p by `holm` over their family.
+
+    Rows of all classes are one family, boxes and masks together, because a page claims something of
+    both. The single classes of a pair of arms, boxes or masks, are another one.
     """
-    rows = [row for compared in changes.values() for row in compared if row["class"] == ALL]
-    values = dict(zip(map(id, rows), holm([row["p"] for row in rows]), strict=True))
+    values: Dict[int, float] = {}
+    for rows in _families(changes).values():
+        values.update(zip(map(id, rows), holm([row["p"] for row in rows]), strict=True))
     return {
-        kind: [{**row, "corrected": values.get(id(row))} for row in compared]
+        kind: [{**row, "corrected": values[id(row)]} for row in compared]
         for kind, compared in changes.items()
     }
 
 
-def number_of_tests(changes: Dict[str, List[dict]]) -> int:
-    """How many p values `correct` corrects for."""
-    rows = [row for compared in changes.values() for row in compared]
-    return sum(row["class"] == ALL and not math.isnan(row["p"]) for row in rows)
+def number_of_tests(changes: Dict[str, List[dict]]) -> Tuple[int, int]:
+    """How many p values `correct` corrects for: of all classes, and of single ones at most."""
+    counts = {
+        family: sum(not math.isnan(row["p"]) for row in rows)
+        for family, rows in _families(changes).items()
+    }
+    return counts.pop((), 0), max(counts.values(), default=0)
 
 
 def verdict(row: dict) -> str:

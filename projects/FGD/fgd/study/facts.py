@@ -101,19 +101,21 @@ def stage_facts(arms: Sequence[str], stages: Sequence[Stage]) -> List[str]:
     return lines
 
 
-def how_tested(resamples: int, tests: int) -> List[str]:
+def how_tested(resamples: int, overall: int, classes: int = 0) -> List[str]:
     """How changes were tested.
 
     Args:
-        tests: how many p values are corrected for.
+        overall: how many p values of all classes are corrected for. classes: of single ones, at
+            most, in one pair of arms.
     """
-    smallest = 2 / (1 + resamples)
+    smallest, tests = 2 / (1 + resamples), max(overall, classes)
     lines = [
-        f"Paired bootstrap over the test images: both arms on the same {resamples} resampled sets. "
-        "It covers which images are tested, not which seeds were trained: their spread is the ± "
-        f"above. p is two-sided, at least {smallest:.3g}. The corrected p is Holm's over the "
-        f"{tests} comparisons of all classes on this page, boxes and masks together; the p of "
-        "single classes are not corrected."
+        f"Paired bootstrap on two levels. Both arms are on the same {resamples} resampled sets of "
+        "test images, and the spread of the seeds adds what it adds to a mean of so few (Student's "
+        "t); with one seed the test covers images alone. "
+        f"p is two-sided, at least {smallest:.3g}. The corrected p is Holm's over the {overall} "
+        "comparisons of all classes on this page, boxes and masks together, and for single classes "
+        "over those of the two arms."
     ]
     if tests * smallest > LEVEL:
         enough = math.ceil(2 * tests / LEVEL) - 1

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from .arms import STUDENT, TEACHER
 from .bootstrap import ALL
+from .classes import CLASS_TEXT, class_table
 from .comparisons import LEVEL, verdict
 from .runs import kinds
 from .summary import METRICS, spread
@@ -62,27 +63,26 @@ def summary_table(rows: Sequence[dict], kind: str) -> List[List[str]]:
 
 
 def change_table(rows: Sequence[dict]) -> List[List[str]]:
-    """One row per class of one pair of arms."""
-    return [["class", "change of AP", *_TEST], *([row["class"], *_cells(row)] for row in rows)]
+    """One row per class of one pair of arms; effect and interval first, p last."""
+    return [["class", *_TEST], *([row["class"], *_cells(row)] for row in rows)]
 
 
 def comparison_table(rows: Sequence[dict]) -> List[List[str]]:
-    """One row per pair of arms: all classes, with the corrected p and what it shows."""
-    cells = [
-        [row["arm"], row["against"], *_cells(row), _p(row["corrected"]), verdict(row) or NONE]
-        for row in rows
-    ]
-    return [["arm", "against", "change of AP", *_TEST, "p, corrected", ""], *cells]
+    """One row per pair of arms: all classes, effect and interval first, p last."""
+    cells = [[row["arm"], row["against"], *_cells(row)] for row in rows]
+    return [["arm", "against", *_TEST], *cells]
 
 
-_TEST = ("95 % interval", "p")
+_TEST = ("change of AP", "95 % interval", "", "p", "p, corrected")
 
 
 def _cells(row: dict) -> List[str]:
     return [
         number(row["difference"], 2, sign=True),
         f"{number(row['low'], 2, sign=True)} … {number(row['high'], 2, sign=True)}",
+        verdict(row) or NONE,
         _p(row["p"]),
+        _p(row["corrected"]),
     ]
 
 
@@ -152,21 +152,26 @@ def sections(study: Dict[str, Any], pictures: Dict[str, Path]) -> List[Section]:
     for kind, compared in study["changes"].items():
         overall = [row for row in compared if row["class"] == ALL]
         title = f"Comparisons of all classes, {KINDS[kind]}"
-        found.append(Section(title, text, comparison_table(overall)))
-        text = ()  # explained once
+        if overall:
+            found.append(Section(title, text, comparison_table(overall)))
+            text = ()  # explained once
     for kind, compared in study["changes"].items():
+        table = class_table(rows, compared, kind)
+        if table:
+            found.append(Section(f"Classes and sizes, {KINDS[kind]}", CLASS_TEXT, table))
         found += _by_class(compared, KINDS[kind])
     found += [Section(caption, picture=path) for caption, path in pictures.items()]
     return found
 
 
 def _by_class(compared: Sequence[dict], kind: str) -> List[Section]:
-    """Tables of pairs of arms where there are several classes."""
+    """Tables of pairs of arms where there are several classes; the teacher's are counted only."""
     found = []
-    for pair in dict.fromkeys((row["arm"], row["against"]) for row in compared):
+    pairs = dict.fromkeys((row["arm"], row["against"]) for row in compared)
+    for pair in (pair for pair in pairs if pair[1] != TEACHER):
         chosen = [row for row in compared if (row["arm"], row["against"]) == pair]
         seeds = ", ".join(map(str, chosen[0]["seeds"]))
-        text = [f"Mean over seeds {seeds}. p of single classes are not corrected for their number."]
+        text = [f"Mean over seeds {seeds}. The corrected p is Holm's over these classes."]
         if len(chosen) > 1:
             found.append(
                 Section(f"{pair[0]} against {pair[1]}, {kind}", text, change_table(chosen))

@@ -14,7 +14,7 @@ from ..errors import UserError
 from .arms import STUDENT, TEACHER
 from .bootstrap import ALL, compare, replicates, resampled_sets
 from .budget import step_seconds
-from .comparisons import correct, pairs
+from .comparisons import correct, pairs, teacher_pairs
 from .files import is_finished, read_factor, read_minutes, read_result
 from .matches import index_truth, match
 from .run import Run, parts
@@ -103,9 +103,10 @@ def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List
     Raises:
         UserError: detections are missing, or are not those of the run's results.
     """
-    done = [run for run in runs if is_finished(run) and run.arm != TEACHER]
-    arms = dict.fromkeys(run.arm for run in done if run.arm not in parts(runs))
-    compared = pairs(list(arms), cfg)
+    done = [run for run in runs if is_finished(run)]
+    arms = list(dict.fromkeys(run.arm for run in done if run.arm not in parts(runs)))
+    compared = pairs(arms, cfg)
+    compared += teacher_pairs(arms, cfg)
     wanted = {arm for pair in compared for arm in pair}
     if not compared:
         return {}
