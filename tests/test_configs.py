@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from fgd.config import check_config, load_config, student_config
+from fgd.detectors.pretrained import timm_normalisation
 from fgd.distillation.config import teacher_name
 from fgd.distillation.lazy_zoo import TEACHERS
 from fgd.distillation.levels import Outputs, head_levels, plan_levels
@@ -97,6 +98,35 @@ def test_configs_under_teachers_of_main(name, teacher, pairs):
         assert described.backbone.square_pad == 1024 and described.backbone.out_channels == 256
 
 
+@pytest.mark.parametrize("method", ["fgd", "pkd", "dsi"])
+def test_configs_of_vision_transformers_are_a_pair_over_another_student(method):
+    cfg, plain = read(f"{method}_frcnn_vit"), read("baseline_frcnn_vit")
+    student = student_config(cfg)
+    student.OUTPUT_DIR = plain.OUTPUT_DIR
+    student.SOLVER.CLIP_GRADIENTS.ENABLED = plain.SOLVER.CLIP_GRADIENTS.ENABLED  # off for PKD
+    assert student.dump() == student_config(plain).dump()
+    node, under, solver = cfg.MODEL.DISTILLER, read(f"{method}_frcnn").MODEL.DISTILLER, cfg.SOLVER
+    assert (node.METHOD, node[node.METHOD]) == (under.METHOD, under[under.METHOD])
+    assert (node.INHERIT, solver.IMS_PER_BATCH, solver.MAX_ITER) == (False, 16, 180000)
+    rates = solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM
+    assert (*rates, solver.LAYER_DECAY) == ("AdamW", 1e-4, 0.1, 0.0, 0.7)
+    assert cfg.MODEL.VIT.SQUARE == cfg.INPUT.MAX_SIZE_TRAIN == cfg.INPUT.MAX_SIZE_TEST == 1024
+    expected = timm_normalisation("MODEL.TIMM.NAME", cfg.MODEL.TIMM.NAME)
+    assert (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT) == (*expected, "RGB")
+    if method == "dsi":
+        assert teacher_name(cfg) == f"timm:{under.TEACHER.TIMM}" and not node.TEACHER.CONFIG_FILE
+    else:
+        assert teacher_name(cfg) == TEACHERS["mask_rcnn_vitdet_b"].weights
+    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.DEVICE = False, "meta"
+    with torch.device("meta"):
+        outputs = Outputs.of(build_model(student_config(cfg)).backbone)
+    shapes = {f"p{k}": ShapeSpec(channels=256, stride=2**k) for k in range(2, 7)}
+    shapes = {"tokens": ShapeSpec(channels=768, stride=32)} if method == "dsi" else shapes
+    (levels,) = plan_levels(cfg, outputs, Outputs(shapes, {})).values()
+    found = " ".join(f"{x.name}-{x.teacher_name}" for x in levels)
+    assert found == ("tokens-tokens" if method == "dsi" else "p2-p2 p3-p3 p4-p4 p5-p5")
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_coco_configs_state_the_authors_settings(name):
     cfg, row = read(f"fgd_{name}"), TABLE[name]
@@ -134,7 +164,7 @@ def test_configs_of_methods_add_a_method_to_a_pair_and_name_the_figures():
         found.add(method)
         text = path.read_text()
         assert pair.split("_")[0] in {name.split("_")[0] for name in pairs}, path
-        assert re.search(r'_BASE_: "(distil|fgd|mgd)_', text), path
+        assert re.search(r'_BASE_: \[?"(distil|fgd|mgd|pkd|dsi)_', text), path
         node = read(path.stem).MODEL.DISTILLER
         assert node.METHOD.lower().split("+")[0] == method, path
         assert "ublished" in text.split("_BASE_")[0], path

@@ -57,7 +57,8 @@ def test_one_step_on_generated_shapes(role, detector, teachers, tmp_path):
 
 
 def test_none_is_missing():
-    assert {"retinanet", "frcnn", "mask_rcnn", "cascade", "fcos", "reppoints"} <= set(DETECTORS)
+    named = {"retinanet", "frcnn", "mask_rcnn", "cascade", "fcos", "reppoints", "frcnn_vit"}
+    assert named <= set(DETECTORS)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -93,5 +94,9 @@ def test_inheriting_is_on_where_head_and_neck_fit(detector):
     larger = {k: v.shape for k, v in teacher.state_dict().items() if ".bottom_up." not in k}
     assert shapes.keys() == larger.keys()
     differing = {k for k in shapes if shapes[k] != larger[k]}
-    # Lateral convolutions see the backbones' own channels.
-    assert differing == {f"backbone.fpn_lateral{level}.weight" for level in (3, 4, 5)}
+    # What sees the backbones' own channels.
+    own = [f"fpn_lateral{level}.weight" for level in (3, 4, 5)]
+    if detector == "frcnn_vit":
+        own = ["3.0.weight", "3.0.bias", "3.1.weight", "4.0.weight", "5.1.weight"]
+        own = [f"simfp_{name}" for name in own]
+    assert differing == {f"backbone.{name}" for name in own}

@@ -12,7 +12,7 @@ from deploy.graphs import exportable
 from deploy.graphs.area import Area, _inside, extend, follow, inside
 from deploy.graphs.means import Mean, write_out_means
 from deploy.graphs.tiny import conditioned, tiny_cfg
-from fgd.detectors.backbones import group_norm
+from fgd.detectors.pyramids import group_norm
 
 from .conftest import make_cfg, scenes
 

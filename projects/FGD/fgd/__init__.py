@@ -14,6 +14,7 @@ from .data.unlabeled import add_unlabeled_config, check_unlabeled
 from .detectors.backbones import add_timm_config, check_timm
 from .detectors.fcos import add_fcos_config
 from .detectors.reppoints import add_reppoints_config
+from .detectors.vit import add_vit_config, check_vit
 from .distillation.config import add_distiller_config, check_distiller
 from .distillation.distiller import Distiller
 from .doctor.settings import add_doctor_config, check_doctor
@@ -26,6 +27,7 @@ from .methods.fgd.terms import FGDLevelLoss, Weights
 
 hand_in(
     Keys(add_timm_config, check_timm),
+    Keys(add_vit_config, check_vit),
     Keys(add_fcos_config),
     Keys(add_reppoints_config),
     Keys(add_data_config),

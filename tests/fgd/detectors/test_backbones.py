@@ -70,7 +70,9 @@ def test_every_parameter_is_trained_whatever_the_stages(name, stages):
 
 def test_the_last_of_several_features_of_one_stride_counts(monkeypatch):
     info = SimpleNamespace(reduction=lambda: [2, 4, 4, 8, 16, 16, 16, 32])
-    monkeypatch.setattr(backbones, "_create", lambda *_, **__: SimpleNamespace(feature_info=info))
+    monkeypatch.setattr(
+        backbones, "create_timm", lambda *_, **__: SimpleNamespace(feature_info=info)
+    )
     assert backbones._stage_indices("any", STAGES) == (2, 3, 6, 7)
     assert backbones._stage_indices("any", ["res4"]) == (6,)
 

@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 
 from fgd.config import get_fgd_cfg
 from fgd.data.checks import NUM_CLASSES_KEYS
-from fgd.detectors.backbones import group_norm
 from fgd.detectors.fcos import FCOS, build_fcos_resnet_fpn_backbone
+from fgd.detectors.pyramids import group_norm
 from fgd.distillation.levels import head_levels
 
 

@@ -2,12 +2,14 @@ import math
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from torch import nn
 
 from fgd.config import get_fgd_cfg
 from fgd.engine.solver import build_lr_scheduler, build_optimizer, check_solver
 from fgd.errors import DivergedError, UserError
+from tests.tiny_vit import vit_cfg
 
 
 def solver_cfg(**keys):
@@ -47,6 +49,61 @@ def test_adamw_takes_the_same_groups_and_keys():
     assert isinstance(optimizer, torch.optim.AdamW)
     decays = {(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups}
     assert decays == {(0.3, 0.25, 2), (0.3, 0.5, 2)}
+
+
+# Of SOLVER.BASE_LR 0.8 and LAYER_DECAY 0.5, computed by hand: two blocks.
+RATES = {
+    "pos_embed": 0.1,  # 0.5^3
+    "cls_token": 0.1,
+    "patch_embed.proj.weight": 0.1,
+    "patch_embed.proj.bias": 0.1,
+    "blocks.0.attn.qkv.weight": 0.2,  # 0.5^2
+    "blocks.0.norm1.bias": 0.2,
+    "blocks.1.mlp.fc2.bias": 0.4,  # 0.5^1
+    "blocks.1.norm2.weight": 0.4,
+}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_layers_of_a_vision_transformer_learn_by_vitdets_rule(optimizer):
+    model, keys = build_model(vit_cfg("RetinaNet")), {"OPTIMIZER": optimizer, "LAYER_DECAY": 0.5}
+    cfg = solver_cfg(BASE_LR=0.8, WEIGHT_DECAY=0.3, WEIGHT_DECAY_NORM=0.0, **keys)
+    built = build_optimizer(cfg, model)
+    groups = {p: group for group in built.param_groups for p in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in built.param_groups)
+    assert groups.keys() == set(model.parameters())
+    prefix, seen = "backbone.bottom_up.body.model.", set()
+    for name, parameter in model.named_parameters():
+        found, inside = groups[parameter], name.removeprefix(prefix)
+        block = {"blocks.0": 0.2, "blocks.1": 0.4}.get(inside[:8], 0.1)
+        assert found["lr"] == pytest.approx(block if inside != name else 0.8), name
+        assert found["lr"] == pytest.approx(RATES.get(inside, found["lr"])), name
+        seen.add(inside)
+        undecayed = inside == "pos_embed" or "norm" in name
+        assert found["weight_decay"] == (0.0 if undecayed else 0.3), name
+    assert seen > RATES.keys()
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    built = build_optimizer(cfg, model)
+    assert {group["lr"] for group in built.param_groups} == {0.8}
+    (undecayed,) = (
+        x
+        for x in built.param_groups
+        if model.backbone.bottom_up.body.model.pos_embed in set(x["params"])
+    )
+    assert undecayed["weight_decay"] == 0.0
+
+
+def test_the_schedule_keeps_the_ratios_of_layers():
+    cfg = solver_cfg(BASE_LR=0.8, LAYER_DECAY=0.5, MAX_ITER=10, STEPS=(5,), WARMUP_ITERS=2)
+    optimizer = build_optimizer(cfg, build_model(vit_cfg("RetinaNet")))
+    schedule, rates = build_lr_scheduler(cfg, optimizer), set()
+    for _ in range(10):
+        present = sorted({group["lr"] for group in optimizer.param_groups})
+        assert [x / present[-1] for x in present] == pytest.approx([0.125, 0.25, 0.5, 1.0])
+        rates.add(round(present[-1], 6))
+        optimizer.step()
+        schedule.step()
+    assert {0.8, 0.08} < rates
 
 
 def two_parameters(first, second):
@@ -117,6 +174,9 @@ def test_nonfinite_norm_stops_before_the_step():
     [
         ({"OPTIMIZER": "Adam"}, "SOLVER.OPTIMIZER: 'Adam' is neither"),
         ({"ENABLED": True, "CLIP_TYPE": "all"}, "CLIP_TYPE: 'all' is not one of value, norm"),
+        ({"LAYER_DECAY": 0.0}, r"SOLVER.LAYER_DECAY: 0.0 is not in \(0, 1\]; ViTDet's are 0.7"),
+        ({"LAYER_DECAY": 1.5}, r"SOLVER.LAYER_DECAY: 1.5 is not in \(0, 1\]"),
+        ({"LAYER_DECAY": 0.7}, "0.7: MODEL.BACKBONE.NAME build_resnet_backbone has no vision"),
         ({"AMP": {"ENABLED": True}}, "mixed precision needs CUDA, but MODEL.DEVICE is 'cpu'"),
     ],
 )

@@ -15,6 +15,7 @@ from fgd.config import student_config
 from fgd.engine.history import CLOCKS
 from fgd.engine.trainer import FGDTrainer
 from fgd.errors import UserError
+from tests import tiny_vit  # noqa: F401  timm knows two_blocks_vit then
 from tests.fgd.training import assert_equal, distilled, training_cfg
 
 
@@ -37,10 +38,12 @@ def read_metrics(folder):
 
 
 RUNS = {
-    "rcnn-adamw-2workers": (
+    "rcnn-vit-adamw-2workers": (
         "GeneralizedRCNN",
         False,
-        ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 1e-3, "DATALOADER.NUM_WORKERS", 2),
+        ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 1e-3, "DATALOADER.NUM_WORKERS", 2)
+        + ("MODEL.BACKBONE.NAME", "build_vit_fpn_backbone", "MODEL.TIMM.NAME", "two_blocks_vit")
+        + ("MODEL.VIT.SQUARE", 128, "MODEL.FPN.NORM", "LN", "SOLVER.LAYER_DECAY", 0.7),
     ),
     "distilled-clipped-unseeded": (
         "RetinaNet",

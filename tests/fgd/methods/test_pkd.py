@@ -347,6 +347,7 @@ def test_keys_and_their_checks():
 # Weight, pairing, levels, iterations of the published configs.
 PUBLISHED = {
     "pkd_frcnn": (6.0, "stride", ["p2", "p3", "p4", "p5"], 180000),
+    "pkd_frcnn_vit": (6.0, "stride", ["p2", "p3", "p4", "p5"], 180000),
     "pkd_retinanet": (10.0, "stride", ["p3", "p4", "p5", "p6"], 180000),
     "pkd_retinanet_fcos": (10.0, "stride", ["p3", "p4", "p5", "p6"], 90000),
     "pkd_retinanet_swin": (6.0, "index", ["p3", "p4", "p5", "p6"], 180000),

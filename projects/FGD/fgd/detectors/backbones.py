@@ -1,14 +1,13 @@
 """FPN over any timm backbone that offers features, for students smaller than ResNet-18."""
 
 import logging
-import math
-from typing import Optional
+from typing import Dict, Optional, Sequence
 
 import timm
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
@@ -21,6 +20,7 @@ from .pretrained import (
     load_pretrained,
     timm_normalisation,
 )
+from .pyramids import group_norm, pyramid, top_block
 
 __all__ = [
     "TimmBackbone",
@@ -29,21 +29,21 @@ __all__ = [
     "build_timm_fpn_backbone",
     "check_timm",
     "check_timm_name",
-    "group_norm",
-    "pyramid",
-    "pyramid_norm",
+    "create_timm",
+    "refuse_freezing",
+    "stage_strides",
     "timm_fpn",
+    "warn_of_other_images",
 ]
 
 logger = logging.getLogger(__name__)
 
 _STAGES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}  # Detectron2's names and their strides
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
-_TOP_BLOCKS = ("default", "none", "maxpool", "p6p7")
 
 
 def add_timm_config(cfg: CfgNode) -> None:
-    """Add MODEL.TIMM, read by the two builders below; MODEL.FPN.* applies as in Detectron2."""
+    """Add MODEL.TIMM, read by the builders below and of `vit`; MODEL.FPN.* is as in Detectron2."""
     node = cfg.MODEL.TIMM = type(cfg)()
     # Any name for which timm.create_model(name, features_only=True) gives strides 4, 8, 16, 32.
     node.NAME = "mobilenetv3_small_050"
@@ -95,16 +95,11 @@ class TimmBackbone(Backbone):
                 file of weights that does not fit.
         """
         super().__init__()
-        unknown = [f for f in out_features if f not in _STAGES]
-        if unknown or list(out_features) != sorted(set(out_features)) or not out_features:
-            raise UserError(
-                f"MODEL.FPN.IN_FEATURES {list(out_features)}: expected an ascending subset of "
-                f"{list(_STAGES)}"
-            )
+        strides = stage_strides(out_features)
         _check_norm(norm, pretrained)
         indices = _stage_indices(name, out_features)
         self.expected = None
-        body = _create(name, pretrained is True, in_chans=in_channels, out_indices=indices)
+        body = create_timm(name, pretrained is True, in_chans=in_channels, out_indices=indices)
         _drop_unread_stages(body)
         if isinstance(pretrained, str):
             report, self.expected = load_pretrained(body, name, pretrained)
@@ -123,7 +118,7 @@ class TimmBackbone(Backbone):
         self.body = body
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(out_features, channels, strict=True))
-        self._out_feature_strides = {f: _STAGES[f] for f in out_features}
+        self._out_feature_strides = strides
 
     @property
     def size_divisibility(self) -> int:
@@ -141,6 +136,15 @@ def _drop_unread_stages(body: nn.Module) -> None:
     if isinstance(body, (EfficientNetFeatures, MobileNetV3Features)):
         last = max(info["stage"] for info in body.feature_info.get_dicts())
         body.blocks = body.blocks[:last]
+
+
+def stage_strides(names: Sequence[str]) -> Dict[str, int]:
+    """Stride of each of MODEL.FPN.IN_FEATURES; UserError unless they are an ascending subset."""
+    if any(x not in _STAGES for x in names) or list(names) != sorted(set(names)) or not names:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES {list(names)}: expected an ascending subset of {list(_STAGES)}"
+        )
+    return {x: _STAGES[x] for x in names}
 
 
 def _check_norm(norm: str, pretrained: bool) -> None:
@@ -168,7 +172,7 @@ def _to_group_norms(module: nn.Module) -> None:
         setattr(module, name, nn.Sequential(norm, *rest) if rest else norm)
 
 
-def _create(name: str, pretrained: bool, **options) -> nn.Module:
+def create_timm(name: str, pretrained: bool, **options) -> nn.Module:
     """timm.create_model, whose failures (no network, no such name) become one-line errors."""
     check_timm_name("MODEL.TIMM.NAME", name)
     try:
@@ -192,7 +196,7 @@ def check_timm_name(key: str, name: str) -> None:
 
 def _stage_indices(name: str, out_features) -> tuple[int, ...]:
     """Index of the last timm feature of each stage's stride, from an untrained probe."""
-    reductions = _create(name, pretrained=False).feature_info.reduction()
+    reductions = create_timm(name, pretrained=False).feature_info.reduction()
     missing = [f for f in out_features if _STAGES[f] not in reductions]
     if missing:
         raise UserError(
@@ -203,46 +207,19 @@ def _stage_indices(name: str, out_features) -> tuple[int, ...]:
     return tuple(last[_STAGES[f]] for f in out_features)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Detectron2's "GN" (32 groups); where they do not divide the channels in twos, fewer.
-
-    One value per group would always be normalised to 0, as on a map of one cell. An odd number of
-    channels is one group; v0.6's FCOS tries a norm on one channel.
-    """
-    return nn.GroupNorm(math.gcd(32, channels, channels // 2), channels)
-
-
-def pyramid_norm(name: str):
-    """What Detectron2's FPN takes as its norm, for MODEL.FPN.NORM: narrow pyramids can be "GN"."""
-    return group_norm if name == "GN" else name
+def refuse_freezing(cfg: CfgNode) -> None:
+    """Raise UserError if MODEL.BACKBONE.FREEZE_AT asks for it."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: timm backbones have no "
+            "common notion of a stem to freeze, set it to 0"
+        )
 
 
-def pyramid(cfg: CfgNode, bottom_up: Backbone, top_block: Optional[nn.Module]) -> FPN:
-    """Detectron2's FPN of MODEL.FPN over `bottom_up`, with `top_block` for the levels above."""
-    node = cfg.MODEL.FPN
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=node.IN_FEATURES,
-        out_channels=node.OUT_CHANNELS,
-        norm=pyramid_norm(node.NORM),
-        top_block=top_block,
-        fuse_type=node.FUSE_TYPE,
-    )
-
-
-def _top_block(kind: str, last_feature: str, in_channels: int, out_channels: int, p6p7):
-    """(module or None); attached to the last level, whatever its stride."""
-    if kind == "none":
-        return None
-    if kind == "p6p7":
-        return p6p7(in_channels, out_channels, in_feature=last_feature)
-    block = LastLevelMaxPool()
-    block.in_feature = last_feature.replace("res", "p")  # Detectron2 fixes it to p5
-    return block
-
-
-def _warn_of_other_images(cfg: CfgNode, expected: Normalisation) -> None:
+def warn_of_other_images(cfg: CfgNode, expected: Optional[Normalisation]) -> None:
     """Weights learnt on images of another kind start worse, and nothing else would show it."""
+    if expected is None:
+        return
     wanted = {
         "INPUT.FORMAT": (cfg.INPUT.FORMAT, "RGB"),
         "MODEL.PIXEL_MEAN": (list(cfg.MODEL.PIXEL_MEAN), expected.mean),
@@ -275,22 +252,14 @@ def timm_fpn(
         UserError: a key of MODEL.TIMM, MODEL.FPN or MODEL.BACKBONE that does not fit; names it.
     """
     timm_cfg, fpn_cfg = cfg.MODEL.TIMM, cfg.MODEL.FPN
-    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
-        raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}: timm backbones have no "
-            "common notion of a stem to freeze, set it to 0"
-        )
-    if timm_cfg.TOP_BLOCK not in _TOP_BLOCKS:
-        raise UserError(f"MODEL.TIMM.TOP_BLOCK {timm_cfg.TOP_BLOCK!r}: expected {_TOP_BLOCKS}")
+    refuse_freezing(cfg)
     bottom_up = TimmBackbone(
         timm_cfg.NAME, fpn_cfg.IN_FEATURES, input_shape.channels, timm_cfg.PRETRAINED, timm_cfg.NORM
     )
-    if bottom_up.expected:
-        _warn_of_other_images(cfg, bottom_up.expected)
-    kind = default_top_block if timm_cfg.TOP_BLOCK == "default" else timm_cfg.TOP_BLOCK
+    warn_of_other_images(cfg, bottom_up.expected)
     last = fpn_cfg.IN_FEATURES[-1]
-    top_channels = bottom_up.output_shape()[last].channels
-    return pyramid(cfg, bottom_up, _top_block(kind, last, top_channels, fpn_cfg.OUT_CHANNELS, p6p7))
+    channels = bottom_up.output_shape()[last].channels
+    return pyramid(cfg, bottom_up, top_block(cfg, default_top_block, last, channels, p6p7))
 
 
 @BACKBONE_REGISTRY.register()

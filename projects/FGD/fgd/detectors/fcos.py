@@ -11,7 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, Instances
 
-from .backbones import group_norm, pyramid
+from .pyramids import group_norm, pyramid
 
 __all__ = ["FCOS", "add_fcos_config", "build_fcos_resnet_fpn_backbone"]
 

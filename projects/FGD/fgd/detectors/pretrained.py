@@ -4,12 +4,15 @@ Names are translated by a rule that the names themselves choose. Nothing goes by
 """
 
 import importlib.util
+import math
 import os
 import re
 from typing import Callable, Dict, List, NamedTuple, Tuple, Union
 
 import timm
+import torch
 from timm.data import resolve_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
@@ -84,7 +87,8 @@ def load_pretrained(body: nn.Module, name: str, source: str) -> Tuple[LoadReport
     """Fill a features-only network of timm from a file, and say what images its weights expect.
 
     Args:
-        body: whose names are those of the whole network, with dots or underscores.
+        body: whose names are those of the whole network, with dots or underscores. A vision
+            transformer's embeddings of positions may be of another grid.
         source: path or address as `read_weights` takes it, or ``package:`` and a key of PACKAGES.
             Names are timm's, torchvision's ResNets' (the same), Detectron2's ResNets', or those of
             the packages.
@@ -108,13 +112,28 @@ def load_pretrained(body: nn.Module, name: str, source: str) -> Tuple[LoadReport
         names = {key: ours.get(_flat(new), new) for key, new in names.items()}
         if len(set(names.values())) != len(state):
             raise UserError(f"{path}: several of its names stand for one tensor")
-        return {new: state[key] for key, new in names.items()}
+        return {new: _on_grid(new, state[key], body) for key, new in names.items()}
 
     try:
         report = load_complete(body, path, what="backbone", left_out=sorted(beyond), rename=rename)
     except UserError as error:
         raise UserError(f"{KEY} with MODEL.TIMM.NAME {name}: {error}") from None
     return report, known[0]
+
+
+def _on_grid(name: str, value, body: nn.Module):
+    """A vision transformer's embeddings of positions, interpolated to the body's grid.
+
+    The rule of timm for its own weights: bicubic, with a filter; tokens of no place stay.
+    """
+    own = body.state_dict().get(name)
+    if name != "pos_embed" or own is None or value.shape[1:2] == own.shape[1:2]:
+        return value
+    prefix = 0 if body.no_embed_class else body.num_prefix_tokens
+    value, cells = torch.as_tensor(value), max(value.shape[1] - prefix, 0)
+    if math.isqrt(cells) ** 2 != cells or value.shape[2:] != own.shape[2:]:
+        return value  # of another network, which is said where it is loaded
+    return resample_abs_pos_embed(value, body.patch_embed.grid_size, num_prefix_tokens=prefix)
 
 
 def _flat(name: str) -> str:

@@ -28,7 +28,9 @@ class Padding(NamedTuple):
     def of(cls, backbone: Backbone) -> "Padding":
         said = getattr(backbone, "padding_constraints", {})
         step = said.get("size_divisibility", backbone.size_divisibility)
-        return cls(max(step, 1), max(said.get("square_size", 0), 0))  # 0 is "none" for both
+        # as an attribute: of `detectors.vit`
+        square = said.get("square_size", 0) or getattr(backbone, "square_size", 0)
+        return cls(max(step, 1), max(square, 0))  # 0 is "none" for both
 
     def size(self, batch: Size) -> Size:
         """Of a batch whose images reach to ``batch``."""
@@ -58,6 +60,11 @@ def check_padding(cfg: CfgNode, student: Backbone, teacher: Backbone) -> None:
     if theirs.square:
         longest = cfg.INPUT.MAX_SIZE_TRAIN if any(cfg.INPUT.MIN_SIZE_TRAIN) else 0  # 0: unknown
         side, _ = theirs.size((0, 0))
+        if own.square > side:
+            raise UserError(
+                f"MODEL.VIT.SQUARE {own.square}: the teacher pads its images to a square of {side} "
+                f"pixels, and the student's square does not fit into it; set it to {side} or less"
+            )
         if own.size((longest, longest))[0] > side:
             raise UserError(
                 f"INPUT.MAX_SIZE_TRAIN {longest}: the teacher pads its images to a square of "

@@ -1,13 +1,18 @@
-"""Optimizers: Detectron2's SGD, AdamW, and clipping by one norm over all trained parameters."""
+"""Optimizers: Detectron2's SGD, AdamW, clipping by one norm, learning rates by layer."""
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler as build_detectron2_schedule
 from detectron2.solver import build_optimizer as build_detectron2_sgd
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 from torch import nn
 
 from .. import compat
+from ..detectors.vit import VisionTransformer, has_vit
 from ..errors import DivergedError, UserError
 
 FULL_MODEL = "full_model"
@@ -22,6 +27,9 @@ def add_solver_config(cfg: CfgNode) -> None:
     """
     # "SGD" as in Detectron2, or "AdamW"; both take BASE_LR, WEIGHT_DECAY and WEIGHT_DECAY_NORM.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Of a student over a vision transformer (MODEL.VIT): what a block's learning rate is times that
+    # of the next one, see `scale_layers`. ViTDet's is 0.7 for ViT-B and 0.8 for ViT-L. 1 = off.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     # Of the checkpoints that CHECKPOINT_PERIOD makes, keep only so many, the newest; 0 = all. The
     # final one always stays.
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
@@ -45,6 +53,17 @@ def check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in ("SGD", "AdamW"):
         raise UserError(f"SOLVER.OPTIMIZER: {solver.OPTIMIZER!r} is neither 'SGD' nor 'AdamW'")
+    if not 0 < solver.LAYER_DECAY <= 1:
+        raise UserError(
+            f"SOLVER.LAYER_DECAY: {solver.LAYER_DECAY} is not in (0, 1]; ViTDet's are 0.7 and 0.8, "
+            "1 is off"
+        )
+    if solver.LAYER_DECAY != 1 and not has_vit(cfg):
+        raise UserError(
+            f"SOLVER.LAYER_DECAY {solver.LAYER_DECAY}: MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} has no vision transformer whose blocks it is for; set it "
+            "to 1"
+        )
     if solver.KEEP_CHECKPOINTS < 0:
         raise UserError(
             f"SOLVER.KEEP_CHECKPOINTS: {solver.KEEP_CHECKPOINTS} is not a number of files, or 0"
@@ -92,7 +111,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Optimizer over all parameters of ``model`` that require a gradient.
 
     SGD is built by Detectron2 itself, so its parameter groups are exactly its own; AdamW uses the
-    same groups. Value and per-parameter norm clipping are Detectron2's too.
+    same groups. Value and per-parameter norm clipping are Detectron2's too. `scale_layers` divides
+    the groups of vision transformers.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     clip_full_model = clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL
@@ -102,6 +122,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # its solver does not know this type
     build = {"SGD": build_detectron2_sgd, "AdamW": _build_adamw}[cfg.SOLVER.OPTIMIZER]
     optimizer = build(cfg, model)
+    scale_layers(optimizer, model, cfg.SOLVER.LAYER_DECAY)
     if clip_full_model:
         max_norm = clip.CLIP_VALUE
         # A pre-hook runs in optimizer.step(). There the gradients are those that are applied:
@@ -120,6 +141,33 @@ def _build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     return adamw(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+
+def scale_layers(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) -> None:
+    """Learning rates of vision transformers by ViTDet's rule, in place.
+
+    Of n blocks, block i, counted from 0, has ``decay ** (n - i)`` of the base rate, embeddings
+    (patches, positions, class token) have ``decay ** (n + 1)``, all else has 1. Embeddings of
+    positions have no weight decay. Source: Detectron2's `get_vit_lr_decay_rate`, and ``overrides``
+    in its projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py, which has no class token.
+    """
+    factors, positions = {}, set()
+    for network in (x for x in model.modules() if isinstance(x, VisionTransformer)):
+        for layer in network.layers():
+            factors[layer.parameter] = decay ** (network.blocks + 1 - layer.depth)
+            if layer.is_position:
+                positions.add(layer.parameter)
+    if not factors:
+        return
+    divided = []
+    for group in optimizer.param_groups:
+        for x in group["params"]:
+            weight_decay = 0.0 if x in positions else group["weight_decay"]
+            own = {"params": [x], "lr": group["lr"] * factors.get(x, 1.0)}
+            divided.append({**group, **own, "weight_decay": weight_decay})
+    optimizer.param_groups.clear()
+    for group in reduce_param_groups(divided):
+        optimizer.add_param_group(group)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
-from ..backbones import group_norm
+from ..pyramids import group_norm
 from .points import POINTS, at_least_float32, scale_gradient
 
 __all__ = ["DeformConv", "RepPointsHead"]

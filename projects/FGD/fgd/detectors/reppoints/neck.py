@@ -10,7 +10,8 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
-from ..backbones import pyramid, pyramid_norm, timm_fpn
+from ..backbones import timm_fpn
+from ..pyramids import pyramid, pyramid_norm
 
 __all__ = [
     "PlainP6P7",
