@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from deploy.errors import UserError
 from deploy.graphs.area import Area, follow, inside
+from deploy.graphs.linears import write_out_linears
 from deploy.graphs.means import write_out_means
 from deploy.graphs.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
+from fgd.distillation.padding import Padding
 
 FEATURES = "features."  # prefix of the backbone's outputs among what `network` returns
 
@@ -53,8 +55,10 @@ class ExportableDetector(nn.Module):
         super().__init__()
         self.check_kind(student)
         _refuse_deformable(student)
+        _refuse_other_square(student)
         self.student = copy.deepcopy(student)
         write_out_means(self.student)
+        write_out_linears(self.student.backbone)  # those of heads have rows, not tokens
         self.student.requires_grad_(False)
         threshold = operator.attrgetter(self.threshold_path)(student)
         self.register_buffer("score_threshold", torch.tensor(float(threshold)))
@@ -65,8 +69,12 @@ class ExportableDetector(nn.Module):
     def follow_images(self) -> None:
         """Have every image seen as if it were alone in its batch and padded by Detectron2.
 
-        To be called once, when the graph is whole.
+        To be called once, when the graph is whole. A canvas of one size only is what Detectron2
+        pads to itself.
         """
+        if self.square:
+            self.area.filled = True
+            return
         follow(self.area, [self.student.backbone, self.dense_head])
         strides = [shape.stride for shape in self.student.backbone.output_shape().values()]
         side = 2 * max(*strides, self.size_divisibility)
@@ -92,6 +100,11 @@ class ExportableDetector(nn.Module):
     def size_divisibility(self) -> int:
         """The sides of the canvas must be multiples of it."""
         return max(self.student.backbone.size_divisibility, 1)
+
+    @property
+    def square(self) -> int:
+        """Both sides of the one canvas that there is; 0 = there are others."""
+        return Padding.of(self.student.backbone).square
 
     def forward(self, images: Tensor, image_sizes: Tensor):
         """Outputs of the class docstring, then the other tensors of `network` in its order."""
@@ -142,6 +155,18 @@ def _refuse_deformable(student: nn.Module) -> None:
                 f"MODEL.RESNETS.DEFORM_ON_PER_STAGE: {name} is a {type(part).__name__}, which "
                 "cannot be exported"
             )
+
+
+def _refuse_other_square(student: nn.Module) -> None:
+    """A square that Detectron2 alone pads to: on another canvas there are other features."""
+    backbone = student.backbone
+    square, step = Padding.of(backbone).square, backbone.size_divisibility
+    if square and step != square:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME: {type(backbone).__name__} pads images to a square of {square} "
+            f"pixels and states a size_divisibility of {step}, so a graph of it would find others; "
+            "only build_vit_fpn_backbone and build_retinanet_vit_fpn_backbone can be exported"
+        )
 
 
 def name_features(features: Dict[str, Tensor], levels: Iterable[str]) -> Dict[str, Tensor]:

@@ -4,6 +4,8 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Optional, Tuple
 
+from detectron2.config import CfgNode
+
 from deploy.errors import UserError
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.convert import OPSET
@@ -27,9 +29,11 @@ def make_spec(
     Raises:
         UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived
             from the config, or was given although sizes are dynamic; or those are for TensorRT, or
-            to be filled.
+            to be filled; or the backbone takes one canvas, and another is asked for.
     """
     inputs, step = student.cfg.INPUT, detector.size_divisibility
+    if detector.square:
+        size = _only_canvas(detector.square, inputs, size, dynamic, filled)
     if filled and dynamic == "image":
         raise UserError("--filled needs a fixed canvas: give --dynamic batch or none")
     if dynamic == "image" and target == "tensorrt":
@@ -76,3 +80,22 @@ def make_spec(
         hashes={"checkpoint_sha256": student.checkpoint_sha256},
         versions={package: version(package) for package in _PACKAGES},
     )
+
+
+def _only_canvas(
+    square: int, inputs: CfgNode, size: Optional[Tuple[int, int]], dynamic: str, filled: bool
+) -> Tuple[int, int]:
+    """That of a vision transformer; UserError for whatever asks for another."""
+    only = f"this student takes one canvas, {square}x{square} pixels (MODEL.VIT.SQUARE)"
+    if dynamic == "image":
+        raise UserError(f"--dynamic image: {only}; give --dynamic batch or none")
+    if filled:
+        raise UserError(f"--filled: {only}, and nothing is masked in it anyway; leave it out")
+    if size and tuple(size) != (square, square):
+        raise UserError(f"--size {size[0]} {size[1]}: {only}; leave --size out")
+    if inputs.MIN_SIZE_TEST > 0 and inputs.MAX_SIZE_TEST > square:
+        raise UserError(
+            f"INPUT.MAX_SIZE_TEST {inputs.MAX_SIZE_TEST}: {only}; give a config of {square} or "
+            "less with --config-file"
+        )
+    return square, square

@@ -27,7 +27,8 @@ def to_onnx(detector: ExportableDetector, spec: ModelSpec) -> onnx.ModelProto:
     Raises:
         ParityError: the backbone or a head uses an operator that has no ONNX translation.
     """
-    detector.static, detector.area.filled = spec.target == "tensorrt", spec.filled
+    detector.static = spec.target == "tensorrt"
+    detector.area.filled = spec.filled or detector.square > 0
     example = _example(detector, spec)
     with torch.no_grad():
         raw = detector.network(*example)

@@ -60,7 +60,7 @@ def network_parts(detector: ExportableDetector) -> List[nn.Module]:
         hooks.append(part.register_forward_pre_hook(enter))
         hooks.append(part.register_forward_hook(lambda part, args, output: inside.remove(part)))
     try:
-        side = 4 * detector.size_divisibility
+        side = detector.square or 4 * detector.size_divisibility
         detector.network(torch.zeros(1, 3, side, side), torch.tensor([[side, side]]))
     finally:
         for hook in hooks:
