@@ -42,7 +42,7 @@ def configs(tmp_path_factory):
 
 def kill_in_training(folder):
     """SIGKILL to the run of this folder once it has saved its first checkpoint."""
-    end = time.monotonic() + 600
+    end = time.monotonic() + 3000
     while time.monotonic() < end and not (folder / "model_0000002.pth").exists():
         time.sleep(0.002)
     for process in processes_of(f"{folder}"):
