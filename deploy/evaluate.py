@@ -75,9 +75,7 @@ def load_eager(checkpoint, spec: ModelSpec):
     Raises:
         UserError: no checkpoint of ours, or its classes are not the spec's.
     """
-    from deploy.speed.eager import (
-        EagerDetector,  # PyTorch and Detectron2, only where they are asked for
-    )
+    from deploy.eager import EagerDetector  # PyTorch and Detectron2, only where asked for
 
     eager = EagerDetector(checkpoint, spec.score_threshold, proposals=spec.proposals)
     if eager.classes != spec.classes:

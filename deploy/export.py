@@ -11,7 +11,6 @@ from typing import Dict, Optional, Sequence, Tuple
 import onnx
 
 from deploy.checks.inventory import take_inventory
-from deploy.checks.receipt import chain, environment, which_checkpoint
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import read_images
 from deploy.checks.verify_report import VerifyReport
@@ -20,10 +19,11 @@ from deploy.export_options import build_parser
 from deploy.files import make_folder, write_atomically, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
-from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
-from deploy.graphs.trt_build import build_text, describe_build
+from deploy.graphs.tensorrt.build import build_text, describe_build
 from deploy.load import load_student
+from deploy.make_spec import make_spec
+from deploy.receipt import chain, environment, which_checkpoint
 from deploy.reduced.precision import FILES as REDUCED_FILES
 from deploy.reduced.precision import Reduction, add_precision, require_all_passed
 from deploy.spec import ModelSpec

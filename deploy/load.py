@@ -12,9 +12,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from deploy.checks.receipt import origin_of
 from deploy.errors import UserError
 from deploy.graphs import EXPORTABLE, supported
+from deploy.receipt import origin_of
 from fgd.config import checkpoint_config, load_config, load_config_text
 from fgd.data.checks import NUM_CLASSES_KEYS
 from fgd.data.settings import check_images

@@ -15,10 +15,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
+from deploy.checks.tiny import CLASSES, TINY, conditioned, tiny_cfg, write_scenes
 from deploy.errors import ParityError, UserError, run_main
 from deploy.export import export
 from deploy.files import make_folder, write_atomically, write_json
-from deploy.graphs.tiny import CLASSES, TINY, conditioned, tiny_cfg, write_scenes
 from deploy.reduced.precision import Reduction
 from fgd_inputs.names import markdown_text
 
@@ -60,7 +60,7 @@ def make_matrix(output, architectures: Sequence[str], columns: Sequence[str]) ->
 
     Args:
         output: folder; each cell gets a folder of its own in it.
-        architectures: names of `deploy.graphs.tiny.TINY`.  columns: names of `COLUMNS`.
+        architectures: names of `deploy.checks.tiny.TINY`.  columns: names of `COLUMNS`.
     Returns:
         What matrix.json holds: "versions", "columns", and "rows" {architecture: {column: cell}}
         (see `make_cell`).

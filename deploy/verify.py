@@ -8,7 +8,13 @@ from typing import Optional, Sequence, Tuple
 
 import onnx
 
-from deploy.checks.recheck import (
+from deploy.checks.verification import verify
+from deploy.checks.verify_images import read_images
+from deploy.checks.verify_report import VerifyReport
+from deploy.coco_data import CocoData, load_dataset
+from deploy.errors import ParityError, UserError, run_main
+from deploy.load import Student, load_student
+from deploy.recheck import (
     Differences,
     Graph,
     Reference,
@@ -16,12 +22,6 @@ from deploy.checks.recheck import (
     make_reference,
     read_graph,
 )
-from deploy.checks.verification import verify
-from deploy.checks.verify_images import read_images
-from deploy.checks.verify_report import VerifyReport
-from deploy.coco_data import CocoData, load_dataset
-from deploy.errors import ParityError, UserError, run_main
-from deploy.load import Student, load_student
 from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
 from deploy.serving import time_limit
 from deploy.spec import ModelSpec

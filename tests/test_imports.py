@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FGD, DEPLOY = ROOT / "projects" / "FGD" / "fgd", ROOT / "deploy"
 TRAINING = {"torch", "torchvision", "detectron2", "fvcore", "fgd", "timm"}
 STDLIB_ONLY = TRAINING | {"numpy", "PIL", "onnx", "onnxruntime", "pycocotools"}
 FORBIDDEN = {
@@ -62,60 +63,92 @@ def test_fgd_never_imports_deploy():
 
 
 def test_deploy_never_imports_tests_or_tools():
-    for path in sorted((ROOT / "deploy").rglob("*.py")):
+    for path in sorted(DEPLOY.rglob("*.py")):
         assert not {"tests", "tools"} & set(imported_packages(path)), path
 
 
 def test_no_deploy_file_hides_a_module_that_others_import():
     """`python deploy/export.py` puts deploy/ first on the path of imports."""
     hidden = TRAINING | STDLIB_ONLY | set(sys.stdlib_module_names) | {"onnxscript", "hypothesis"}
-    names = {path.stem for path in (ROOT / "deploy").iterdir() if path.name != "__pycache__"}
+    names = {path.stem for path in DEPLOY.iterdir() if path.name != "__pycache__"}
     assert "runtime" in names and names & hidden == set()
 
 
-FGD = ROOT / "projects" / "FGD" / "fgd"
+ORDER = "each imports only those before it"
 
 
-def order_of_rooms():
-    """The folders from the ground up, as fgd/__init__.py states them."""
+def order_of_rooms(root):
+    """The folders from the ground up, as fgd/__init__.py and docs/layout.md state them."""
     text = ast.get_docstring(ast.parse((FGD / "__init__.py").read_text()))
-    return re.findall(r"\w+", text.split("(tests/test_imports.py):")[1])
+    if root == DEPLOY:
+        text = (ROOT / "docs" / "layout.md").read_text()
+    assert ORDER in text
+    return re.findall(r"\w+", text.split(ORDER)[1].split("):")[1].split(".")[0])
 
 
-def imported_modules(path):
-    """Dotted names below fgd of everything that a file imports from it, nested imports included."""
-    package = path.relative_to(FGD).parent.parts
+def imported_modules(path, root=FGD):
+    """Dotted names below the package of everything that a file imports from it, nested imports
+    included."""
+    package, inside = path.relative_to(root).parent.parts, f"{root.name}."
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            parts = (*base, *(node.module or "").split(".")) if node.module else base
-            yield from ([".".join((*parts, x.name)) for x in node.names] if node.names else ())
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fgd"):
-            yield from (f"{node.module}.{x.name}".removeprefix("fgd.") for x in node.names)
-
-
-def test_no_import_runs_back_up():
-    """Each folder imports lower ones, and what lies beside the folders, but not the command."""
-    order = order_of_rooms()
-    assert sorted(order) == sorted(x.name for x in FGD.iterdir() if (x / "__init__.py").exists())
-    count = 0
-    for path in sorted(FGD.rglob("*.py")):
-        room = path.relative_to(FGD).parts[0]
-        if room not in order:
+        if isinstance(node, ast.Import):
+            names = [x.name for x in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (root.name, *package)[: len(package) + 2 - node.level] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else ())))
+            names = [f"{module}.{x.name}" for x in node.names]
+        else:
             continue
-        for name in imported_modules(path):
+        yield from (name.removeprefix(inside) for name in names if name.startswith(inside))
+
+
+def imports_by_file(root):
+    """Every module of a package -> the modules of it that its file imports."""
+    files = {".".join(x.relative_to(root).with_suffix("").parts): x for x in root.rglob("*.py")}
+    found = {}
+    for module, path in files.items():
+        names = set(imported_modules(path, root))
+        names |= {name.rpartition(".")[0] for name in names}  # of a function in a module
+        names |= {f"{name}.__init__" for name in names}
+        found[module] = names & files.keys()
+    return found
+
+
+def reached(module, imports, known):
+    """All modules that a module imports, and these import, and so on; into `known`."""
+    for name in imports[module] - known:
+        known.add(name)
+        reached(name, imports, known)
+    return known
+
+
+@pytest.mark.parametrize("root", [FGD, DEPLOY], ids=lambda root: root.name)
+def test_no_import_runs_back_up(root):
+    """Each folder imports lower ones, be it through files that lie beside the folders."""
+    order, imports, count = order_of_rooms(root), imports_by_file(root), 0
+    assert sorted(order) == sorted(x.name for x in root.iterdir() if (x / "__init__.py").exists())
+    for module in imports:
+        room = module.split(".")[0]
+        for name in reached(module, imports, set()) if room in order else ():
             target = name.split(".")[0]
-            assert target not in ("cli", "job", "__init__"), (path, name)
+            assert target not in ("cli", "job", "__init__"), (module, name)
             if target in order:
-                assert order.index(target) <= order.index(room), (path, name)
+                assert order.index(target) <= order.index(room), (module, name)
                 count += target != room
     assert count > 50, "vacuous: the imports were not found"
+
+
+def test_no_files_of_deploy_import_each_other():
+    imports = imports_by_file(DEPLOY)
+    assert [x for x in imports if x in reached(x, imports, set())] == []
 
 
 def test_what_lies_beside_the_folders_imports_none_of_them():
     for path in FGD.glob("*.py"):
         if path.stem not in ("__init__", "cli", "job"):
-            rooms = {name.split(".")[0] for name in imported_modules(path)} & set(order_of_rooms())
+            rooms = {name.split(".")[0] for name in imported_modules(path)} & set(
+                order_of_rooms(FGD)
+            )
             assert not rooms, path
 
 

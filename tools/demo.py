@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from deploy.coco_data import CocoData, load_dataset
+from deploy.eager import EagerDetector
 from deploy.runtime import OrtDetector
 from deploy.serving.draw import draw_detections
 from deploy.serving.preprocess import load_image
-from deploy.speed.eager import EagerDetector
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {  # arm of fgd.study -> name in the table

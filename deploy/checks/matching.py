@@ -1,4 +1,4 @@
-"""Comparing two sets of detections of one image. numpy only.
+"""Comparing two sets of detections of one image. Arrays only.
 
 Never row by row: rows whose scores differ by rounding alone may swap places.
 """
@@ -8,10 +8,11 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from deploy.graphs.common import TIE
+
 MIN_IOU = 0.9  # two boxes above it, with one label, are one detection
 MARGIN = 1e-3  # a decision closer than this to its threshold may fall either way
 _CLIPPED = 0.1  # what clipping may take from an IoU: NMS may have seen the boxes before it
-TIE = 1e-6  # scores closer than this have no order; confident ones saturate at exactly 1
 
 
 class Found(NamedTuple):

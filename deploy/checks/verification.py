@@ -20,7 +20,7 @@ from deploy.checks.verify_images import Batch, verification_batches
 from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
 from deploy.errors import ParityError
 from deploy.graphs import exportable, exportable_class
-from deploy.graphs.nms_rounds import Rounds
+from deploy.graphs.tensorrt.nms_rounds import Rounds
 from deploy.spec import ModelSpec, fills
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from deploy.checks.matching import MARGIN, Decisions, Found, excuse, match_detections
 from deploy.graphs.common import FEATURES
-from deploy.graphs.nms_rounds import ROUNDS
+from deploy.graphs.tensorrt.nms_rounds import ROUNDS
 
 MATCHED, BOX_PIXELS, SCORE, MASK = 0.995, 0.01, 1e-4, 1e-3  # gates for float32
 RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's

@@ -15,6 +15,7 @@ from deploy.graphs.ops import INVALID
 from deploy.spec import OUTPUT_NAMES
 from fgd.distillation.padding import Padding
 
+TIE = 1e-6  # scores closer than this have no order; confident ones saturate at exactly 1
 FEATURES = "features."  # prefix of the backbone's outputs among what `network` returns
 
 

@@ -10,7 +10,7 @@ from torch.export import Dim
 from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.ops import TRANSLATIONS
-from deploy.graphs.static_ops import STATIC_TRANSLATIONS
+from deploy.graphs.tensorrt.static_ops import STATIC_TRANSLATIONS
 from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
 
 OPSET = 18

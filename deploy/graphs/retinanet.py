@@ -8,8 +8,8 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from deploy.checks.matching import TIE
 from deploy.graphs.common import (
+    TIE,
     ExportableDetector,
     anchors_at,
     decode,

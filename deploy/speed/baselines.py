@@ -13,12 +13,12 @@ import torch
 import torchvision  # noqa: F401  registers the operators that a traced file names
 from detectron2.export import TracingAdapter
 
+from deploy.eager import EagerDetector
 from deploy.errors import UserError
 from deploy.files import write_atomically
 from deploy.serving.preprocess import prepare
 from deploy.spec import ModelSpec
 from deploy.speed.bench_rows import COMPILE, LEGACY, SCRIPT, Runner
-from deploy.speed.eager import EagerDetector
 
 _LEGACY_OPSET = 16  # the first with RoiAlign's half-pixel mode
 

@@ -1,7 +1,7 @@
 """What a benchmark can time: exported graphs, and the same student run in other ways.
 
 A `Contender` says what to load, and can be sent to another process; a `Runner` is it, loaded.
-Needs numpy, onnxruntime and onnx; PyTorch and Detectron2 only where a contender is made of them.
+Needs numpy, onnxruntime and onnx.
 """
 
 from abc import ABC, abstractmethod
@@ -45,16 +45,6 @@ class Contender:
     kind: str
     path: Path
     spec: ModelSpec
-
-    def load(self, provider: str, threads: int) -> "Runner":
-        """Raises UserError, or whatever PyTorch raises where it cannot run this kind."""
-        if self.kind == GRAPH:
-            return GraphRunner(OrtDetector(self.path, [provider], threads))
-        if self.kind == LEGACY:
-            return LegacyRunner(self.path, self.spec, provider, threads)
-        from deploy.speed.baselines import load_baseline  # imports PyTorch
-
-        return load_baseline(self.kind, self.path, self.spec, provider, threads)
 
 
 class Runner(ABC):

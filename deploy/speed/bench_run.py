@@ -31,7 +31,7 @@ from deploy.speed.bench_rows import (
     Runner,
     short_names,
 )
-from deploy.speed.footprint import measure_alone, reason
+from deploy.speed.footprint import load, measure_alone, reason
 from deploy.speed.timing import describe_machine, interleave, noise
 
 
@@ -163,7 +163,7 @@ def _enter(run: _Run, contender: Contender, **facts) -> Runner:
     footprint = measure_alone(contender, provider, threads, most)
     if "error" in footprint:
         raise UserError(footprint["error"])
-    runner = contender.load(provider, threads)
+    runner = load(contender, provider, threads)
     facts |= {"file": str(contender.path)} if contender.kind == GRAPH else {}
     size = contender.path.stat().st_size / 2**20
     run.contenders.append(

@@ -1,4 +1,4 @@
-"""Load time and peak memory of a contender, in a process of its own."""
+"""Loading a contender: here, or in a process of its own to measure load time and peak memory."""
 
 import multiprocessing
 import time
@@ -8,9 +8,21 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
+from deploy.runtime import OrtDetector
 from deploy.serving import time_limit
-from deploy.speed.bench_rows import GRAPH, LEGACY, Contender
+from deploy.speed.bench_rows import GRAPH, LEGACY, Contender, GraphRunner, LegacyRunner, Runner
 from deploy.speed.timing import peak_memory
+
+
+def load(contender: Contender, provider: str, threads: int) -> Runner:
+    """Raises UserError, or whatever PyTorch raises where it cannot run this kind."""
+    if contender.kind == GRAPH:
+        return GraphRunner(OrtDetector(contender.path, [provider], threads))
+    if contender.kind == LEGACY:
+        return LegacyRunner(contender.path, contender.spec, provider, threads)
+    from deploy.speed.baselines import load_baseline  # imports PyTorch
+
+    return load_baseline(contender.kind, contender.path, contender.spec, provider, threads)
 
 
 def measure_alone(
@@ -52,7 +64,7 @@ def _load_and_run(contender, provider, threads, images) -> Dict[str, Any]:
     if contender.kind not in (GRAPH, LEGACY):
         import deploy.speed.baselines  # noqa: F401  what it takes to import is not part of loading
     libraries, start = peak_memory(), time.perf_counter()
-    runner = contender.load(provider, threads)
+    runner = load(contender, provider, threads)
     loaded = time.perf_counter()
     call = runner.call(images[: runner.max_batch])
     called = time.perf_counter()

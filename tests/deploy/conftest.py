@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from deploy.checks.matching import Found, match_detections
+from deploy.checks.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  # noqa: F401  tests do
 from deploy.export import main
 from deploy.graphs import exportable
-from deploy.graphs.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  # noqa: F401  tests do
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
 from tests.conftest import make_tiny_cfg
@@ -149,7 +149,7 @@ def exported(export_tiny):
 
 @pytest.fixture(scope="session")
 def tiny(export_tiny):
-    """Name in `deploy.graphs.tiny.TINY` -> Exported with the default options."""
+    """Name in `deploy.checks.tiny.TINY` -> Exported with the default options."""
     made = {}
 
     def get(name):

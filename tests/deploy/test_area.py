@@ -8,10 +8,10 @@ import torch
 from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
 from torch import nn
 
+from deploy.checks.tiny import conditioned, tiny_cfg
 from deploy.graphs import exportable
 from deploy.graphs.area import Area, _inside, extend, follow, inside
 from deploy.graphs.means import Mean, write_out_means
-from deploy.graphs.tiny import conditioned, tiny_cfg
 from fgd.detectors.pyramids import group_norm
 
 from .conftest import make_cfg, scenes

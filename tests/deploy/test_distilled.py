@@ -9,11 +9,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from deploy.checks.graph_difference import structure_difference
+from deploy.checks.tiny import CLASSES, tiny_cfg
 from deploy.graphs import exportable
-from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
-from deploy.graphs.tiny import CLASSES, tiny_cfg
 from deploy.load import load_student
+from deploy.make_spec import make_spec
 from fgd.distillation import lazy_teacher
 from fgd.engine.checkpoint import TrainingCheckpointer
 from fgd.engine.header import describe_run

@@ -15,9 +15,9 @@ import deploy.export
 from deploy.checks.verify_images import draw_scene
 from deploy.export import main
 from deploy.graphs import exportable
-from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import to_onnx
 from deploy.load import load_student
+from deploy.make_spec import make_spec
 from deploy.spec import ModelSpec
 
 from .conftest import (

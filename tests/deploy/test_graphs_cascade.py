@@ -6,11 +6,11 @@ from detectron2.modeling import build_model
 from onnx import numpy_helper
 
 from deploy.checks.oracle import detectron2_detections
+from deploy.checks.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import Batch
 from deploy.errors import UserError
 from deploy.graphs import exportable
-from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 
 from .conftest import (
     SIZES,

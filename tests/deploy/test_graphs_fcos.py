@@ -5,10 +5,10 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.fcos import FCOS
 
+from deploy.checks.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.checks.verification import verify
 from deploy.errors import UserError
 from deploy.graphs import exportable
-from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 
 from .conftest import SIZES, assert_equal_detections, detectron2_outputs, ort_outputs
 from .test_verification import change

@@ -5,12 +5,12 @@ import torch
 from detectron2.modeling import build_model
 
 from deploy.checks.oracle import detectron2_detections
+from deploy.checks.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import Batch
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.masks import mask_probabilities
-from deploy.graphs.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg
 
 from .conftest import SIZES, assert_equal_masks, ort_outputs
 from .test_verification import change, nodes

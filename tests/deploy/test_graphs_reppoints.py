@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from deploy.checks.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.checks.verification import verify
 from deploy.errors import UserError
 from deploy.graphs import exportable
 from deploy.graphs.reppoints import ExportableRepPoints, SampledConv, sampling_grid
-from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.trt_lint import lint
 from fgd.detectors.reppoints.head import DeformConv
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from deploy.checks.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.errors import ParityError
 from deploy.graphs import exportable
-from deploy.graphs.tiny import CANVAS, conditioned, scenes, tiny_cfg
 from deploy.reduced.half import _take_weights, half_model, make_half, network_parts
 from deploy.reduced.layers import weighted_layers
 from deploy.reduced.precision_gates import verify_reduced

@@ -12,10 +12,10 @@ from PIL import Image
 
 from deploy import label
 from deploy.coco_ap import Outcomes
+from deploy.eager import EagerDetector
 from deploy.labels.gate import LEAST_BOXES, lowest_score
 from deploy.labels.teacher import GraphTeacher
 from deploy.serving.paste import encode_rle
-from deploy.speed.eager import EagerDetector
 from fgd.data.datasets import register_from_config
 from fgd_inputs.coco import read_coco
 from tests.conftest import make_tiny_cfg

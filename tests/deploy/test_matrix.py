@@ -8,9 +8,9 @@ from detectron2.modeling import build_model
 
 import deploy.export
 from deploy import matrix
+from deploy.checks.tiny import TINY, tiny_cfg
 from deploy.graphs import EXPORTABLE, exportable_class
 from deploy.graphs.convert import to_onnx
-from deploy.graphs.tiny import TINY, tiny_cfg
 
 from .test_verification import change
 

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from deploy.checks.receipt import (
+from deploy.receipt import (
     NO_TEACHER,
     NOT_RECORDED,
     chain,

@@ -13,9 +13,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from deploy.checks.graph_difference import compare_initializers
-from deploy.checks.recheck import Reference, compare_graph, read_graph
 from deploy.errors import UserError
 from deploy.load import load_student
+from deploy.recheck import Reference, compare_graph, read_graph
 from deploy.runtime import OrtDetector
 
 from .conftest import ARCHITECTURES

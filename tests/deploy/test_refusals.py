@@ -4,8 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from deploy.checks.tiny import tiny_cfg
 from deploy.export import main
-from deploy.graphs.tiny import tiny_cfg
 
 from .conftest import save_checkpoint
 

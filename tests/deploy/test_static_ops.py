@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.export import Dim
 
-import deploy.graphs.static_ops
+import deploy.graphs.tensorrt.static_ops
 from deploy.graphs.convert import expose_raw
-from deploy.graphs.nms_rounds import ROUNDS, ROWS, Rounds
 from deploy.graphs.ops import INVALID, pyramid_roi_align, select_nms
-from deploy.graphs.static_ops import STATIC_TRANSLATIONS
+from deploy.graphs.tensorrt.nms_rounds import ROUNDS, ROWS, Rounds
+from deploy.graphs.tensorrt.static_ops import STATIC_TRANSLATIONS
 from deploy.trt_lint import lint
 
 N, K, GROUPS, IOU = 40, 30, 3, 0.4  # 0.4 is no float32
@@ -158,7 +158,7 @@ def test_a_longer_chain_is_reported(nms):
 
 
 def test_of_too_many_boxes_the_best_enter(monkeypatch):
-    monkeypatch.setattr(deploy.graphs.static_ops, "ROWS", 20)
+    monkeypatch.setattr(deploy.graphs.tensorrt.static_ops, "ROWS", 20)
     run = session_of(convert(Nms(), random_boxes(2)))
     boxes, scores, groups = random_boxes(2, seed=5)
     (index,), raw = run((boxes, scores, groups))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deploy.errors import UserError
 from deploy.graphs.reppoints import sampling_grid
-from deploy.graphs.static_ops import _grid_sample_static
+from deploy.graphs.tensorrt.static_ops import _grid_sample_static
 from deploy.trt_lint import lint
 from fgd.detectors.reppoints.head import DeformConv
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import deploy.export
-import deploy.graphs.static_ops
+import deploy.graphs.tensorrt.static_ops
+from deploy.checks.tiny import scenes, tiny_cfg, write_scenes
 from deploy.export import main
 from deploy.graphs.regions import propose
-from deploy.graphs.tiny import scenes, tiny_cfg, write_scenes
-from deploy.graphs.trt_build import build_commands
+from deploy.graphs.tensorrt.build import build_commands
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
 from deploy.trt_lint import REPORTED, lint
@@ -135,7 +135,7 @@ def test_what_tensorrt_would_refuse_is_no_model(checkpoint, for_tensorrt, monkey
 
 
 def test_too_few_rounds_fail_and_are_said(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(deploy.graphs.static_ops, "ROUNDS", 2)
+    monkeypatch.setattr(deploy.graphs.tensorrt.static_ops, "ROUNDS", 2)
     assert main([str(checkpoint), "--target", "tensorrt"]) == 4
     captured = capsys.readouterr()
     assert "NOT CONVERGED: 2 rounds of static NMS were too few for" in captured.out

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import deploy.verify
-from deploy.checks.recheck import Reference
+from deploy.recheck import Reference
 from deploy.verify import main
 
 from .test_verification import change

@@ -12,10 +12,10 @@ from detectron2.structures import Boxes, Instances
 import deploy.evaluate
 import deploy.export
 import deploy.predict
+from deploy.checks.tiny import tiny_cfg
 from deploy.coco_ap import coco_metrics
 from deploy.coco_data import load_dataset
 from deploy.evaluate import evaluate_graph
-from deploy.graphs.tiny import tiny_cfg
 from deploy.runtime import OrtDetector
 from fgd.data.datasets import register_from_config
 from fgd.engine.evaluation import build_evaluator

@@ -1,6 +1,6 @@
 """Static NMS, whose rounds are fixed: how many, and whether they sufficed, read from the graph.
 
-See `deploy.graphs.static_ops` for what it is.
+See `deploy.graphs.tensorrt.static_ops` for what it is.
 """
 
 from dataclasses import dataclass

@@ -14,9 +14,9 @@ from deploy.checks.quantized_weights import with_float_weights
 from deploy.checks.verify_images import verification_batches
 from deploy.errors import UserError
 from deploy.graphs import exportable
-from deploy.graphs.contract import make_spec
 from deploy.graphs.convert import RAW, THRESHOLD, to_onnx
 from deploy.load import Student
+from deploy.make_spec import make_spec
 from deploy.reduced.half import half_model
 from deploy.reduced.quantize import fold_batch_norms
 from deploy.serving.graph_file import load_graph

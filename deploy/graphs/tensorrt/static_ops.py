@@ -15,8 +15,8 @@ from onnxscript import ir
 from onnxscript import opset18 as op
 
 from deploy.errors import UserError
-from deploy.graphs.nms_rounds import ROUND, ROUNDS, ROWS
 from deploy.graphs.ops import INVALID, IS_VALID, ints, roi_align_attributes
+from deploy.graphs.tensorrt.nms_rounds import ROUND, ROUNDS, ROWS
 
 
 def _select_nms_static(boxes, scores, groups, iou, num_groups, k):
