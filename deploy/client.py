@@ -5,7 +5,7 @@
 
 Reading, resizing and scaling back are the runtime's own. The request is the KServe protocol,
 version 2, over HTTP, with Triton's binary tensors; what the model expects is read from the server,
-where `deploy/triton.py` has put it.
+where `deploy/triton_repository.py` has put it.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def is_url(model) -> bool:
 
 
 class TritonDetector(Detector):
-    """A model that `deploy/triton.py` wrote, on a running server.
+    """A model that `deploy/triton_repository.py` wrote, on a running server.
 
     Safe to call from several threads at once.
 
@@ -53,7 +53,7 @@ class TritonDetector(Detector):
         min_score, max_pixels: as in OrtDetector.
         transport: sends a request; for servers that need credentials, and for tests.
     Raises:
-        UserError: no such server or model, or the model was not written by `deploy/triton.py`.
+        UserError: no such server or model, or one that was not written by that command.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ def _read_spec(config: Dict[str, Any], url: str) -> ModelSpec:
         return ModelSpec.from_metadata(metadata)
     except _DAMAGED as error:  # UserError is a ValueError: a spec that is not ours
         raise UserError(
-            f"{url} serves a model that was not written by deploy/triton.py: {_text(error)}"
+            f"{url} serves a model that was not written by deploy/triton_repository.py: "
+            f"{_text(error)}"
         ) from error
 
 

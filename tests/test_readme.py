@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from deploy import benchmark, evaluate, export, label, matrix, predict, trt_lint, verify
-from deploy.serving import triton_repository
+from deploy import (
+    benchmark,
+    evaluate,
+    export,
+    label,
+    matrix,
+    predict,
+    triton_repository,
+    trt_lint,
+    verify,
+)
 from fgd import cli
 from fgd.adversarial import __main__ as adversarial
 from fgd.bench import __main__ as bench
@@ -31,7 +40,7 @@ PARSERS = {
     "python deploy/evaluate.py": evaluate.build_parser,
     "python deploy/label.py": label.build_parser,
     "python deploy/benchmark.py": benchmark.build_parser,
-    "python deploy/triton.py": triton_repository.build_parser,
+    "python deploy/triton_repository.py": triton_repository.build_parser,
     "python -m tools.versions": versions.build_parser,
 }
 

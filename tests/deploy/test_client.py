@@ -12,7 +12,7 @@ from deploy.checks.verify_images import draw_scene
 from deploy.client import TritonDetector, decode_response, encode_request
 from deploy.errors import UserError
 from deploy.runtime import OrtDetector
-from deploy.serving.triton_repository import main as write_repository
+from deploy.triton_repository import main as write_repository
 
 from .fake_graph import fake_spec, write_fake_graph
 from .triton_server import LENGTH, TritonStandIn, answering, serve
@@ -143,7 +143,7 @@ def test_urls_of_another_form_are_refused(url):
         (answering(b"<html>proxy</html>", 502), "502 Bad Gateway"),
         (answering(b"<html>"), "does not answer in JSON"),
         (answering(b"[1]"), "answers list"),
-        (answering(b"{}"), "not written by deploy/triton.py"),
+        (answering(b"{}"), "not written by deploy/triton_repository.py"),
         (answering(b'{"parameters": {"spec": {"string_value": "{}"}}}'), "not written by"),
         (answering(b'{"parameters": 3, "max_batch_size": "x"}'), "not written by"),
         (answering(b"{}", headers={"Content-Length": "99"}), "no answer from"),

@@ -11,7 +11,7 @@ from deploy import benchmark, evaluate, predict, trt_lint
 from deploy.errors import UserError
 from deploy.serving import graph_file
 from deploy.serving.graph_file import load_graph, read_graph_file
-from deploy.serving.triton_repository import main as write_repository
+from deploy.triton_repository import main as write_repository
 
 from .coco_files import write_dataset
 from .fake_graph import write_fake_graph

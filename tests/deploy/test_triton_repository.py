@@ -1,5 +1,6 @@
 """The Triton repository: what it says is what the graph is, and it appears whole or not at all."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from deploy.serving import triton_repository
-from deploy.serving.triton_repository import main
+from deploy.serving.triton_model import _tensors
 from deploy.spec import ModelSpec
+from deploy.triton_repository import main
 
 from .fake_graph import CLASSES, fake_spec, write_fake_graph
 from .triton_server import DATA_TYPES, KINDS, read_config
@@ -72,7 +73,7 @@ def test_config_agrees_with_the_graph(tmp_path, changes):
 
 def test_masks_are_an_output_like_the_others():
     spec = fake_spec(task="instance_segmentation", mask_size=28)
-    tensors = triton_repository._tensors(spec)
+    tensors = _tensors(spec)
     assert '{ name: "masks" data_type: TYPE_FP32 dims: [ 3, 28, 28 ] }' in tensors
 
 
@@ -82,7 +83,7 @@ def test_the_spec_in_the_config_is_the_graphs(tmp_path):
     spec = write_fake_graph(tmp_path / "m.onnx", fake_spec(classes=names, hashes={"a": "b"}))
     assert run(tmp_path / "m.onnx", tmp_path / "repo") == 0
     (entry,) = read_config(tmp_path / "repo" / "detector").parameters
-    metadata = triton_repository.json.loads(entry.value.string_value)
+    metadata = json.loads(entry.value.string_value)
     spec.hashes = {}
     assert (entry.key, ModelSpec.from_metadata(metadata)) == ("spec", spec)
     assert (tmp_path / "repo/detector/labels.txt").read_text().splitlines() == names
@@ -233,39 +234,7 @@ def test_a_graph_that_is_not_what_it_says_is_refused(model, tmp_path, changes, t
 
 
 def test_typed_as_documented_from_another_folder(model, tmp_path):
-    command = [sys.executable, ROOT / "deploy" / "triton.py", "model.onnx", "repo"]
+    command = [sys.executable, ROOT / "deploy" / "triton_repository.py", "model.onnx", "repo"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "repo" / "detector" / "1" / "model.onnx").is_file()
-
-
-IMPORTS = """
-import sys
-sys.path[:0] = [{deploy!r}]
-{before}
-import triton
-import triton.language
-print(triton.__file__, triton.language.NAME, {deploy!r} in sys.path)
-"""
-
-
-@pytest.mark.parametrize("before", ["", "import deploy.errors"])
-def test_deploys_triton_steps_aside_for_the_compiler_of_that_name(tmp_path, before):
-    """As when `python deploy/export.py` imports torchvision, which imports the package."""
-    package = tmp_path / "elsewhere" / "triton"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "language.py").write_text("NAME = 'real'")
-    code = IMPORTS.format(deploy=str(ROOT / "deploy"), before=before)
-    code += f"\nassert triton.__file__.startswith({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.stderr == "" and done.stdout.split()[1:] == ["real", "False"]
-
-
-def test_without_the_compiler_it_is_reported_missing():
-    code = f"import sys; sys.path[:] = [{str(ROOT / 'deploy')!r}]\nimport triton"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "No module named 'triton'" in done.stderr and done.returncode == 1
