@@ -14,7 +14,8 @@ from deploy.checks.verify_report import VerifyReport
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.load import Student, load_student
-from deploy.recheck import (
+from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
+from deploy.reexport import (
     Differences,
     Graph,
     Reference,
@@ -22,7 +23,6 @@ from deploy.recheck import (
     make_reference,
     read_graph,
 )
-from deploy.reduced.precision_gates import ApLoss, average_precision, verify_reduced
 from deploy.serving import time_limit
 from deploy.spec import ModelSpec
 
@@ -30,14 +30,13 @@ _EXAMPLES = """examples:
   python deploy/verify.py model_final_onnx/model.onnx model_final.pth
   python deploy/verify.py model.int8.onnx model_final.pth --dataset test.json
 
-Exports the checkpoint again in memory and compares contract, nodes and weights; then runs the graph
-and Detectron2 on the same images. Where they differ, the initializers are named, and the first
-tensor that both graphs compute differently.
+Exports the checkpoint again in memory and compares spec, nodes and weights; then runs the graph and
+Detectron2 on the same images. The initializers that differ are named, with by how much.
 Exit codes: 0 equal; 2 something about the command or a file; 4 not equal.
 """
 
 
-def recheck(
+def compare_with_checkpoint(
     onnx_path,
     checkpoint,
     config_file: Optional[str] = None,
@@ -70,7 +69,7 @@ def recheck(
     data = load_dataset(*dataset) if dataset else None
     print(_heading(graph, student, checkpoint))
     reference = make_reference(graph, student)
-    differences, report = compare_graph(graph, reference, student), None
+    differences, report = compare_graph(graph, reference), None
     if differences.comparable:
         loss = _ap_loss(graph, reference, data) if data else None
         report = _judge(graph, student, pixels, loss, max_ap_drop)
@@ -144,7 +143,7 @@ def run(argv: Optional[Sequence[str]]) -> int:
     time_limit.limit_time(args.time_limit)
     warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     dataset = (args.dataset, args.images_root) if args.dataset else None
-    differences, report = recheck(
+    differences, report = compare_with_checkpoint(
         args.model, args.checkpoint, args.config_file, args.images, dataset, args.max_ap_drop
     )
     print(differences.text())

@@ -8,7 +8,6 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from deploy.checks.graph_difference import structure_difference
 from deploy.checks.tiny import CLASSES, tiny_cfg
 from deploy.graphs import exportable
 from deploy.graphs.convert import to_onnx
@@ -68,7 +67,6 @@ def test_no_trace_of_distillation(name, tiny, tmp_path, make_batch, monkeypatch)
     spec.hashes["checkpoint_sha256"] = plain.spec.hashes["checkpoint_sha256"]
     model = to_onnx(detector, spec)
     expected = onnx.load(plain.path)
-    assert structure_difference(model, expected) is None
     assert [node.op_type for node in model.graph.node] == [n.op_type for n in expected.graph.node]
     content = model.SerializeToString(deterministic=True)
     assert content == plain.path.read_bytes()
