@@ -5,27 +5,29 @@ import os
 import time
 import warnings
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
+import numpy as np
 import onnx
 
-from deploy.checks.inventory import take_inventory
+from deploy.checks.inventory import Inventory, take_inventory
 from deploy.checks.verification import verify
 from deploy.checks.verify_images import read_images
 from deploy.checks.verify_report import VerifyReport
 from deploy.errors import ParityError, UserError, run_main
 from deploy.export_options import build_parser
-from deploy.files import make_folder, write_atomically, write_json
+from deploy.files import make_folder, unnamed, write_json
 from deploy.graphs import exportable
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.convert import to_onnx
 from deploy.graphs.tensorrt.build import build_text, describe_build
-from deploy.load import load_student
+from deploy.load import Student, load_student
 from deploy.make_spec import make_spec
 from deploy.receipt import chain, environment, which_checkpoint
 from deploy.reduced.precision import FILES as REDUCED_FILES
-from deploy.reduced.precision import Reduction, add_precision, require_all_passed
+from deploy.reduced.precision import Inputs, Reduction, add_precision, require_all_passed
 from deploy.spec import ModelSpec
 from deploy.trt_lint import notes
 
@@ -76,37 +78,55 @@ def export(
     detector = exportable(student.model)
     spec = make_spec(student, detector, size, dynamic, input_dtype, target, filled)
     pixels = read_images(images, spec) if images else None
-    reduction = reduction or Reduction()
-    inputs = reduction.open(student.classes)
+    inputs = (reduction or Reduction()).open(student.classes)
+    loaded = Loaded(str(checkpoint), student, detector, spec, pixels, inputs)
     make_folder(output)
-    print(f"config: {student.config_source}")
-    print(f"checkpoint: {which_checkpoint(student.origin)}")
-    for key, (count, size_bytes) in student.dropped.items():
-        print(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
-    model, details = _convert(detector, spec)
-    details = {"checkpoint": str(checkpoint), "config": student.config_source, **details}
-    details["versions"] = environment(spec.versions)
-    details["left_out"] = {
-        key: {"tensors": count, "bytes": size_bytes}
-        for key, (count, size_bytes) in student.dropped.items()
-    }
-    report = _verify_and_publish(output, student, spec, model, pixels, details)
-    print(report.table())
-    if not report.passed:
-        kept = output / "model.failed.onnx"
-        raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {kept}")
-    print(f"written: {output / 'model.onnx'} ({details['graph']['bytes'] / 1e6:.1f} MB)")
-    _add_build(details, spec, output / "model.onnx")
-    details["ap"] = inputs.single(output / "model.onnx")
-    write_json(output / "report.json", details)
-    reduced = details["precisions"] = {}
-    for precision in reduction.precisions:
-        reduced[precision] = add_precision(precision, output, student, spec, inputs, pixels)
-        if reduced[precision]["verification"]["passed"]:
-            _add_build(details, spec, output / f"model.{precision}.onnx")
-        write_json(output / "report.json", details)
-    require_all_passed(reduced)
-    return report
+    print(loaded.text())
+    converted = _convert(loaded)
+    with unnamed(output / "model.onnx", converted.content) as file:
+        verified = _verify(loaded, converted, file)
+        _publish(output, file, loaded, converted, verified)
+    _add_precisions(output, loaded, converted, verified)
+    return verified.report
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that can be refused before the export starts."""
+
+    checkpoint: str
+    student: Student
+    detector: ExportableDetector
+    spec: ModelSpec
+    pixels: Optional[Sequence[np.ndarray]]  # to verify on, beside the built-in images
+    inputs: Inputs  # of other precisions, and to measure AP
+
+    def text(self) -> str:
+        """Lines for a person."""
+        lines = [f"config: {self.student.config_source}"]
+        lines.append(f"checkpoint: {which_checkpoint(self.student.origin)}")
+        for key, (count, size_bytes) in self.student.dropped.items():
+            lines.append(f"left out: {key}, {count} tensors, {size_bytes / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The graph as a file, its weights accounted for.  spec: with the file's hash."""
+
+    model: onnx.ModelProto
+    content: bytes
+    spec: ModelSpec
+    inventory: Inventory
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verification says of it, and how long it took."""
+
+    report: VerifyReport
+    seconds: float
 
 
 def _refuse_existing(output: Path, force: bool) -> None:
@@ -116,60 +136,94 @@ def _refuse_existing(output: Path, force: bool) -> None:
         raise UserError(f"{output} already holds {', '.join(found)}; --force replaces them")
 
 
-def _convert(detector: ExportableDetector, spec: ModelSpec) -> Tuple[onnx.ModelProto, Dict]:
-    """The ONNX model, its weights accounted for, and what report.json says about it."""
+def _convert(loaded: Loaded) -> Converted:
     started = time.perf_counter()
-    model = to_onnx(detector, spec)
+    model = to_onnx(loaded.detector, loaded.spec)
     seconds = time.perf_counter() - started
-    inventory = take_inventory(detector.student, model)
+    inventory = take_inventory(loaded.detector.student, model)
     if inventory.foreign_names:
         names = ", ".join(inventory.foreign_names[:3])
         raise ParityError(f"the graph holds weights that are not the student's: {names}")
     print(f"{inventory.text()}\nexported in {seconds:.0f} s, verifying")
-    operators = Counter(node.op_type for node in model.graph.node)
-    graph = {
-        "opset": model.opset_import[0].version,
-        "nodes": len(model.graph.node),
-        "operators": dict(operators.most_common()),
-    }
-    seconds = {"export": round(seconds, 1)}
-    return model, {"values": inventory.to_dict(), "graph": graph, "seconds": seconds}
-
-
-def _verify_and_publish(output: Path, student, spec, model, pixels, details) -> VerifyReport:
-    """Write the graph under a temporary name, verify it, give it the name it deserves.
-
-    What an earlier export left goes away. `details` is completed and becomes report.json.
-    """
     content = model.SerializeToString(deterministic=True)
-    spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
-    temporary = output / f".model.onnx.{os.getpid()}.tmp"
-    try:
-        write_atomically(temporary, content)
-        started = time.perf_counter()
-        report = verify(student.model, temporary, spec, pixels)
-        details["seconds"]["verify"] = round(time.perf_counter() - started, 1)
-        details["graph"]["bytes"] = len(content)
-        details["verification"] = report.to_dict()
-        details["chain"] = chain(student.origin, spec.hashes)
-        write_json(output / "report.json", details)
-        for name in _GRAPH_FILES:
-            (output / name).unlink(missing_ok=True)
-        if report.passed:
-            spec.to_json(output / "model.json")
-        os.replace(temporary, output / ("model.onnx" if report.passed else "model.failed.onnx"))
-    finally:
-        temporary.unlink(missing_ok=True)
-    return report
+    hashes = {**loaded.spec.hashes, "graph_sha256": hashlib.sha256(content).hexdigest()}
+    return Converted(model, content, replace(loaded.spec, hashes=hashes), inventory, seconds)
 
 
-def _add_build(details: Dict, spec: ModelSpec, path: Path) -> None:
-    """Where TensorRT is the target: how to build an engine from the file, to report.json too."""
-    if spec.target == "tensorrt":
-        built = describe_build(spec, str(path), notes(onnx.load(path)))
-        details.setdefault("tensorrt", {})[path.name] = built
-        write_json(path.with_name("report.json"), details)
-        print(build_text(built))
+def _verify(loaded: Loaded, converted: Converted, file: Path) -> Verified:
+    started = time.perf_counter()
+    report = verify(loaded.student.model, file, converted.spec, loaded.pixels)
+    return Verified(report, time.perf_counter() - started)
+
+
+def _publish(output, file, loaded: Loaded, converted: Converted, verified: Verified) -> None:
+    """Give the graph the name it deserves; what an earlier export left goes away.
+
+    Raises:
+        ParityError: it did not pass, and is kept as model.failed.onnx.
+    """
+    report = verified.report
+    _write_report(output, loaded, converted, verified)
+    for name in _GRAPH_FILES:
+        (output / name).unlink(missing_ok=True)
+    if report.passed:
+        converted.spec.to_json(output / "model.json")
+    final = output / ("model.onnx" if report.passed else "model.failed.onnx")
+    os.replace(file, final)
+    print(report.table())
+    if not report.passed:
+        raise ParityError(f"{report.verdict}: {report.explanation}. Kept as {final}")
+    print(f"written: {final} ({len(converted.content) / 1e6:.1f} MB)")
+
+
+def _add_precisions(output, loaded: Loaded, converted: Converted, verified: Verified) -> None:
+    """AP, the builds for TensorRT, and the other precisions; after each, report.json says more."""
+    spec, inputs = converted.spec, loaded.inputs
+    graph, made = output / "model.onnx", {}
+    more = {"tensorrt": _describe_build(spec, graph)} if spec.target == "tensorrt" else {}
+    more |= {"ap": inputs.single(graph), "precisions": made}
+    _write_report(output, loaded, converted, verified, **more)
+    for precision in dict.fromkeys(inputs.wanted.precisions):
+        made[precision] = add_precision(
+            precision, output, loaded.student, loaded.detector, spec, inputs, loaded.pixels
+        )
+        if made[precision]["verification"]["passed"] and spec.target == "tensorrt":
+            more["tensorrt"] |= _describe_build(spec, output / f"model.{precision}.onnx")
+        _write_report(output, loaded, converted, verified, **more)
+    require_all_passed(made)
+
+
+def _describe_build(spec: ModelSpec, path: Path) -> Dict[str, Any]:
+    """How to build an engine of TensorRT from the file, also printed."""
+    built = describe_build(spec, str(path), notes(onnx.load(path)))
+    print(build_text(built))
+    return {path.name: built}
+
+
+def _write_report(output, loaded: Loaded, converted: Converted, verified: Verified, **more) -> None:
+    """report.json, of what is known so far."""
+    student, spec = loaded.student, converted.spec
+    operators = Counter(node.op_type for node in converted.model.graph.node)
+    details = {
+        "checkpoint": loaded.checkpoint,
+        "config": student.config_source,
+        "values": converted.inventory.to_dict(),
+        "graph": {
+            "opset": converted.model.opset_import[0].version,
+            "nodes": len(converted.model.graph.node),
+            "operators": dict(operators.most_common()),
+            "bytes": len(converted.content),
+        },
+        "seconds": {"export": round(converted.seconds, 1), "verify": round(verified.seconds, 1)},
+        "versions": environment(spec.versions),
+        "left_out": {
+            key: {"tensors": count, "bytes": size_bytes}
+            for key, (count, size_bytes) in student.dropped.items()
+        },
+        "verification": verified.report.to_dict(),
+        "chain": chain(student.origin, spec.hashes),
+    }
+    write_json(output / "report.json", {**details, **more})
 
 
 def run(argv: Optional[Sequence[str]]) -> int:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Optional
+from typing import Iterator, Optional
 
 from deploy.errors import UserError
 
@@ -34,6 +34,17 @@ def write_atomically(path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def unnamed(path, content: bytes) -> Iterator[Path]:
+    """Write under a temporary name beside `path`, until it is renamed; else it goes again."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        write_atomically(temporary, content)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, data) -> None:

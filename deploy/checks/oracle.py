@@ -1,5 +1,6 @@
 """The two judges of a graph: Detectron2's own inference, and the network in double precision."""
 
+import copy
 from contextlib import contextmanager
 from typing import Dict, List
 
@@ -66,7 +67,8 @@ class RawJudge:
     """Errors of raw predictions against the network in float64, the graph's beside torch's own."""
 
     def __init__(self, model: nn.Module):
-        self.single, self.double = exportable(model), exportable(model).double()
+        self.single = exportable(model)
+        self.double = copy.deepcopy(self.single).double()
 
     @torch.no_grad()
     def errors(self, batch: Batch, values: Dict[str, np.ndarray]) -> Dict[str, Dict[str, float]]:

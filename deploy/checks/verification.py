@@ -19,7 +19,8 @@ from deploy.checks.oracle import RawJudge, as_tensors, detectron2_detections, sc
 from deploy.checks.verify_images import Batch, verification_batches
 from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
 from deploy.errors import ParityError
-from deploy.graphs import exportable, exportable_class
+from deploy.graphs import exportable_class
+from deploy.graphs.common import ExportableDetector
 from deploy.graphs.tensorrt.nms_rounds import Rounds
 from deploy.spec import ModelSpec, fills
 
@@ -42,14 +43,15 @@ def verify(
     """
     graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
     batches = verification_batches(spec, images)
-    tally = Tally()
-    compare(tally, model, graph, batches, spec, spec.score_threshold)
+    tally, judge = Tally(), RawJudge(model)
+    pair = model, judge.single, graph
+    compare(tally, *pair, batches, spec, spec.score_threshold)
     at_threshold = tally.expected
-    compare(tally, model, graph, batches, spec, spec.score_threshold / 10)
+    compare(tally, *pair, batches, spec, spec.score_threshold / 10)
     if tally.matched < ENOUGH and not tally.unmatched:
-        compare(tally, model, graph, batches, spec, 0.0)
+        compare(tally, *pair, batches, spec, 0.0)
     rounds = Rounds()
-    raw_errors, warnings = _raw_errors(model, graph, batches, rounds)
+    raw_errors, warnings = _raw_errors(judge, graph, batches, rounds)
     gates = gates_of(tally, raw_errors)
     broken = _broken(graph, batches, spec)
     verdict, explanation = decide(tally, gates, broken)
@@ -65,16 +67,20 @@ def verify(
 def compare(
     tally: Tally,
     model,
+    detector: ExportableDetector,
     graph: GraphUnderTest,
     batches: Sequence[Batch],
     spec: ModelSpec,
     threshold: float,
 ) -> None:
-    """Add to the tally what both find at a score threshold; the file's own is not replaced."""
+    """Add to the tally what both find at a score threshold; the file's own is not replaced.
+
+    Args:
+        detector: `exportable(model)`, which knows where candidates are cut.
+    """
     if threshold != spec.score_threshold:
         graph = graph.with_threshold(threshold)
     tally.thresholds.append(threshold)
-    detector = exportable(model)
     with score_threshold(model, exportable_class(model).threshold_path, threshold):
         for batch in batches:
             outputs, raw = graph.run(batch)
@@ -102,9 +108,8 @@ def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) ->
     return broken + broken_target(graph, spec)
 
 
-def _raw_errors(model, graph: GraphUnderTest, batches: Sequence[Batch], rounds: Rounds):
+def _raw_errors(judge: RawJudge, graph: GraphUnderTest, batches: Sequence[Batch], rounds: Rounds):
     """Largest raw errors by name, and warnings. In float64 the first and the last batch do."""
-    judge = RawJudge(model)
     worst: Dict[str, Dict[str, float]] = {}
     warnings = []
     for i, batch in enumerate(batches):

@@ -1,5 +1,6 @@
 """float16: the network computes in half precision, everything around it in float32."""
 
+import copy
 from typing import Dict, List
 
 import numpy as np
@@ -20,13 +21,13 @@ def half_model(
     """The detector as a graph with typed float16 layers; no converter is needed afterwards.
 
     Args:
-        detector: becomes half (see `make_half`).  spec: of the new file.
+        detector: stays as it is.  spec: of the new file.
         single: the float32 graph. Its weights, rounded once, are the new graph's: the batch norms
             in them were folded in float32.
     Raises:
         ParityError: a weight is too large for float16, or the detector cannot be traced.
     """
-    model = to_onnx(make_half(detector), spec)
+    model = to_onnx(make_half(copy.deepcopy(detector)), spec)
     _take_weights(model, single)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -11,8 +11,8 @@ import onnx
 
 from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError
-from deploy.files import write_atomically
-from deploy.graphs import exportable
+from deploy.files import unnamed
+from deploy.graphs.common import ExportableDetector
 from deploy.load import Student
 from deploy.reduced.calibrate import Reader, calibration_files, describe
 from deploy.reduced.half import half_model
@@ -103,6 +103,7 @@ def add_precision(
     precision: str,
     output: Path,
     student: Student,
+    detector: ExportableDetector,
     spec: ModelSpec,
     inputs: Inputs,
     images: Optional[Sequence[np.ndarray]],
@@ -110,7 +111,8 @@ def add_precision(
     """Write model.<precision>.onnx and .json beside the verified model.onnx in `output`.
 
     Args:
-        spec: of model.onnx.  images: to verify on, as in `verify`.
+        detector: from which model.onnx was made.  spec: of that.
+        images: to verify on, as in `verify`.
     Returns:
         What report.json says about it; "passed" False: it is kept as model.<precision>.failed.onnx.
     Raises:
@@ -121,7 +123,7 @@ def add_precision(
     spec = replace(spec, precision=precision, hashes=hashes)
     details: Dict = {}
     if precision == "fp16":
-        model = half_model(exportable(student.model), spec, single)
+        model = half_model(detector, spec, single)
     else:
         recipe = inputs.wanted.recipe
         model = int8_model(single, spec, Reader(inputs.files, spec), recipe)
@@ -134,9 +136,7 @@ def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images
     content = model.SerializeToString(deterministic=True)
     spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
     name = f"model.{spec.precision}"
-    temporary = output / f".{name}.{os.getpid()}.tmp"
-    try:
-        write_atomically(temporary, content)
+    with unnamed(output / f"{name}.onnx", content) as temporary:
         loss = inputs.loss(output / "model.onnx", temporary)
         drop = inputs.wanted.max_ap_drop
         report = verify_reduced(student.model, temporary, spec, images, loss, drop)
@@ -146,8 +146,6 @@ def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images
         final = output / (f"{name}.onnx" if report.passed else f"{name}.failed.onnx")
         os.replace(temporary, final)
         print(f"written: {final} ({len(content) / 1e6:.1f} MB)")
-    finally:
-        temporary.unlink(missing_ok=True)
     return {
         "graph_sha256": spec.hashes["graph_sha256"],
         "bytes": len(content),

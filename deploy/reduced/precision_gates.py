@@ -18,6 +18,7 @@ from deploy.checks.verify_images import verification_batches
 from deploy.checks.verify_report import ENOUGH, Gate, Tally, VerifyReport
 from deploy.coco_data import CocoData
 from deploy.evaluate import evaluate_graph
+from deploy.graphs import exportable
 from deploy.reduced.layers import check_precision
 from deploy.runtime import OrtDetector
 from deploy.spec import ModelSpec
@@ -114,7 +115,7 @@ def verify_reduced(
     batches = verification_batches(spec, images)
     half = spec.precision == "fp16"
     tally = HalfTally() if half else Tally()
-    compare(tally, model, graph, batches, spec, spec.score_threshold)
+    compare(tally, model, exportable(model), graph, batches, spec, spec.score_threshold)
     broken = [
         text for batch in batches for text in broken_promises(graph.run(batch)[0], batch, spec)
     ]
