@@ -11,7 +11,7 @@ _EXAMPLES = """examples:
   python deploy/export.py model_final.pth --precision int8 --calibration photos/ --dataset test.json
   python deploy/export.py model_final.pth --target tensorrt --size 800 1344
 
-Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its contract), report.json.
+Writes CHECKPOINT_onnx/ beside the checkpoint: model.onnx, model.json (its spec), report.json.
 Exit codes: 0 verified; 2 something about the command, config or checkpoint; 4 the graph could not
 be shown to equal the model (it is then kept as model.failed.onnx, for inspection only).
 """

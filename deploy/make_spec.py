@@ -1,4 +1,4 @@
-"""The contract of a graph to be made: from the student's config and what the user asked for."""
+"""The spec of a graph to be made, from the student's config and what the user asked for."""
 
 from importlib.metadata import version
 from operator import attrgetter
@@ -24,7 +24,7 @@ def make_spec(
     target: str = "onnx",
     filled: bool = False,
 ) -> ModelSpec:
-    """The contract of the file to be.
+    """The spec of the file to be.
 
     Raises:
         UserError: the canvas is not a multiple of the backbone's divisibility, cannot be derived

@@ -57,7 +57,7 @@ class OrtDetector(Detector):
         self.sha256 = self.identity = hashlib.sha256(content).hexdigest()
         self.max_batch = 1 if self.spec.dynamic == "none" else None
         _check_sidecar(self.path, self.sha256, self.spec)
-        _check_contract(self.session, self.spec, self.path)
+        _check_interface(self.session, self.spec, self.path)
 
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
@@ -128,11 +128,11 @@ def _check_sidecar(path: Path, sha256: str, spec: ModelSpec) -> None:
         )
 
 
-def _check_contract(session: ort.InferenceSession, spec: ModelSpec, path: Path) -> None:
+def _check_interface(session: ort.InferenceSession, spec: ModelSpec, path: Path) -> None:
     """UserError unless the graph has the spec's tensors, and each has the spec's type and shape."""
-    contract = spec.contract()
+    interface = spec.interface()
     for kind, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-        found, expected = {value.name: value for value in values}, contract[kind]
+        found, expected = {value.name: value for value in values}, interface[kind]
         if sorted(found) != sorted(expected):
             raise UserError(f"{path} has {kind} {list(found)}; expected {list(expected)}")
         for name, tensor in expected.items():
@@ -145,7 +145,7 @@ def _check_contract(session: ort.InferenceSession, spec: ModelSpec, path: Path) 
 
 
 def _same_shape(found: Sequence, expected: Sequence) -> bool:
-    """Whether a graph's shape is the contract's; what is a name there must be free in the graph."""
+    """Whether a graph's shape is the spec's; what is a name there must be free in the graph."""
     return len(found) == len(expected) and all(
         actual == wanted or (isinstance(wanted, str) and not isinstance(actual, int))
         for actual, wanted in zip(found, expected)

@@ -66,7 +66,7 @@ def fills(size: Sequence[int], canvas: Sequence[int], step: int) -> bool:
 
 @dataclass
 class ModelSpec:
-    """Contract of one .onnx file; written as model.json and into the file's metadata.
+    """What one .onnx file promises; written as model.json and into the file's metadata.
 
     The client resizes (PIL bilinear, shortest edge to `min_size`, longest at most `max_size`;
     `min_size` 0 means no resizing), puts the pixels 0..255 at the top left of the canvas, and
@@ -150,7 +150,7 @@ class ModelSpec:
         """Names of the graph's outputs, in order."""
         return (*OUTPUT_NAMES, MASKS) if self.mask_size else OUTPUT_NAMES
 
-    def contract(self) -> Dict[str, Any]:
+    def interface(self) -> Dict[str, Any]:
         """The class docstring as data: tensors by name with dtype, shape and meaning, and resizing.
 
         "batch", "height" and "width" in a shape may vary; numbers are fixed.
@@ -186,8 +186,8 @@ class ModelSpec:
         }
 
     def to_json(self, path) -> None:
-        """Write the spec, and for readers its `contract`, as indented JSON with sorted keys."""
-        values = {**asdict(self), "contract": self.contract()}
+        """Write the spec, and for readers its `interface`, as indented JSON with sorted keys."""
+        values = {**asdict(self), "interface": self.interface()}
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -196,7 +196,8 @@ class ModelSpec:
         """Read what `to_json` wrote. UserError for a missing, foreign or damaged file."""
         values = read_json(str(path), "model spec")
         if isinstance(values, dict):
-            values.pop("contract", None)  # follows from the rest
+            for name in ("interface", "contract"):  # its name of before; it follows from the rest
+                values.pop(name, None)
         return cls._from_dict(values, where=str(path))
 
     def to_metadata(self) -> Dict[str, str]:

@@ -61,7 +61,7 @@ def detections(outputs: Dict[str, np.ndarray], image: int) -> Found:
 
 
 def broken_promises(outputs: Dict[str, np.ndarray], batch: Batch, spec: ModelSpec) -> List[str]:
-    """What of the graph contract (`ModelSpec`) these outputs break; [] when all is well."""
+    """What these outputs break of the spec; [] when all is well."""
     return broken_shapes(outputs, batch, spec) or [
         f"image {i} of {batch.image_sizes[i]}: {text}"
         for i in range(len(batch.images))

@@ -32,7 +32,7 @@ def verify(
 
     Args:
         model: the Detectron2 student, with the score threshold that was exported.
-        onnx_path: file written by `convert.to_onnx`.  spec: its contract.
+        onnx_path: file written by `convert.to_onnx`.  spec: of it.
         images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
     Returns:
         The report. Detections are compared at the spec's score threshold and at a tenth of it,

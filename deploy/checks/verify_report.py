@@ -92,7 +92,7 @@ class VerifyReport:
     tally: Tally
     gates: List[Gate]
     raw_errors: Dict[str, Dict[str, float]]  # name -> largest error of "graph" and "torch", "scale"
-    broken: List[str]  # promises of the graph contract
+    broken: List[str]  # what the spec promises
     warnings: List[str]
     nms_rounds: Optional[int] = None  # of static NMS that the images needed; None without
 
@@ -158,7 +158,7 @@ def decide(tally: Tally, gates: List[Gate], broken: List[str]) -> Tuple[str, str
     """(verdict, explanation) of `VerifyReport`."""
     failed = [gate.name for gate in gates if not gate.kept]
     if broken:
-        return "contract broken", broken[0]
+        return "promise broken", broken[0]
     if tally.highest - tally.lowest <= MARGIN:
         return "vacuous", (
             f"all {tally.expected} scores lie within {MARGIN} of each other, so nothing could be "

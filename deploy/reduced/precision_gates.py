@@ -1,4 +1,4 @@
-"""What a float16 or int8 graph must keep: the contract, the detections (fp16), and its AP."""
+"""What a float16 or int8 graph must keep: the spec, the detections (fp16), and its AP."""
 
 from dataclasses import asdict, dataclass
 from typing import Dict, Optional, Sequence
@@ -138,7 +138,7 @@ def _decide(tally, gates, broken, loss, max_ap_drop):
     """(verdict, explanation); `tally` None where matching proves nothing."""
     failed = [gate.name for gate in gates if not gate.kept]
     if broken:
-        return "contract broken", broken[0]
+        return "promise broken", broken[0]
     if loss is not None and loss.single <= max_ap_drop:
         return "vacuous", (
             f"the float32 graph has AP {loss.single:.2f} on {loss.dataset}: it cannot lose "

@@ -79,7 +79,7 @@ class Detector(ABC):
                 share a canvas, which can change scores slightly, as in training.
         Raises:
             UserError: an image cannot be read or is too thin, or the network gives NaN, infinity
-                or what its contract does not allow; nothing is returned for the others then.
+                or what its spec does not allow; nothing is returned for the others then.
         """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}, expected 1 or more")
@@ -123,8 +123,8 @@ class Detector(ABC):
         return [(arrays.get(i), results[i]) for i in range(len(images))]
 
     def _check_tensors(self, outputs: Dict[str, np.ndarray], images: int) -> None:
-        """UserError unless types and shapes are the contract's, whatever the graph declares."""
-        for name, tensor in self.spec.contract()["outputs"].items():
+        """UserError unless types and shapes are the spec's, whatever the graph declares."""
+        for name, tensor in self.spec.interface()["outputs"].items():
             expected, found = (images, *tensor["shape"][1:]), outputs.get(name)
             if found is None or found.dtype != tensor["dtype"] or found.shape != expected:
                 actual = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"

@@ -95,10 +95,10 @@ def _batch_size(spec: ModelSpec, wanted: Optional[int], model) -> int:
 def _tensors(spec: ModelSpec) -> str:
     """Inputs and outputs. Without the batch dimension where Triton batches, which is where the
     graph leaves it open."""
-    contract, blocks = spec.contract(), []
+    interface, blocks = spec.interface(), []
     for kind in ("input", "output"):
         tensors = []
-        for name, tensor in contract[f"{kind}s"].items():
+        for name, tensor in interface[f"{kind}s"].items():
             shape = tensor["shape"] if spec.dynamic == "none" else tensor["shape"][1:]
             dims = ", ".join(str(side) if isinstance(side, int) else "-1" for side in shape)
             label = f' label_filename: "{LABELS}"' if name == "labels" else ""

@@ -1,4 +1,4 @@
-"""A hand-made .onnx file that obeys the graph contract and whose every output is known in advance.
+"""A hand-made .onnx file that obeys the spec and whose every output is known in advance.
 
 Three detections per image: boxes are FRACTIONS of the true image size, labels 0, 1, 2, and the
 score of row c is the top left pixel of channel c over 255, which shows what came in, in what order.
@@ -17,7 +17,7 @@ CLASSES = ("circle", "square", "triangle")
 
 
 def fake_spec(**changes) -> ModelSpec:
-    """The contract of a graph with dynamic batch and a canvas of 64 x 96."""
+    """The spec of a graph with dynamic batch and a canvas of 64 x 96."""
     spec = ModelSpec(
         architecture="RetinaNet",
         classes=list(CLASSES),

@@ -115,9 +115,9 @@ def test_inputs_outputs_and_operators(arch, exported):
         "scores": ("float32", ["batch", 100]),
         "labels": ("int32", ["batch", 100]),
     }
-    contract = json.loads((exported(arch).folder / "model.json").read_text())["contract"]
+    interface = json.loads((exported(arch).folder / "model.json").read_text())["interface"]
     for kind, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-        told = {name: (t["dtype"], t["shape"]) for name, t in contract[kind].items()}
+        told = {name: (t["dtype"], t["shape"]) for name, t in interface[kind].items()}
         assert told == signature(values)
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"If", "Loop", "Scan", "SequenceAt", "BatchNormalization"}

@@ -59,7 +59,7 @@ def test_other_images_are_marked_by_the_graph_and_refused_by_the_client(filled, 
     spec.min_size = 0
     with pytest.raises(UserError, match="does not fill the canvas of 96x128; export without --fil"):
         prepare(image, spec)
-    assert "less than 32 below it" in str(spec.contract()["inputs"])
+    assert "less than 32 below it" in str(spec.interface()["inputs"])
     detector = OrtDetector(filled.path)
     assert len(detector.detect([np.zeros((*CANVAS, 3), np.uint8)])) == 1
 

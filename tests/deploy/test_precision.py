@@ -198,7 +198,7 @@ def loss(single, reduced):
 def test_verdicts(tally, kept, measured, verdict):
     gates = [Gate("AP loss (points)", 0.0, "", kept)]
     assert _decide(tally, gates, [], measured, 1.0)[0] == verdict
-    assert _decide(tally, gates, ["promise"], measured, 1.0) == ("contract broken", "promise")
+    assert _decide(tally, gates, ["promise"], measured, 1.0) == ("promise broken", "promise")
 
 
 def test_loss_in_points_and_relative():

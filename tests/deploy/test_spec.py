@@ -41,23 +41,27 @@ def test_json_round_trip(tmp_path):
     spec = _spec()
     spec.to_json(tmp_path / "model.json")
     assert ModelSpec.from_json(tmp_path / "model.json") == spec
+    values = json.loads((tmp_path / "model.json").read_text())
+    values["contract"] = values.pop("interface")  # as in files of before
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    assert ModelSpec.from_json(tmp_path / "model.json") == spec
 
 
-def test_the_json_tells_readers_the_contract(tmp_path):
+def test_the_json_tells_readers_the_interface(tmp_path):
     _spec(height=None, width=None, dynamic="image").to_json(tmp_path / "model.json")
-    contract = json.loads((tmp_path / "model.json").read_text())["contract"]
-    assert contract["inputs"]["images"]["shape"] == ["batch", 3, "height", "width"]
-    assert contract["resize"] == "PIL bilinear, shortest side 96, longest at most 128"
-    assert _spec(min_size=0).contract()["resize"] == "none"
-    assert _spec(dynamic="none").contract()["outputs"]["boxes"]["shape"] == [1, 100, 4]
+    interface = json.loads((tmp_path / "model.json").read_text())["interface"]
+    assert interface["inputs"]["images"]["shape"] == ["batch", 3, "height", "width"]
+    assert interface["resize"] == "PIL bilinear, shortest side 96, longest at most 128"
+    assert _spec(min_size=0).interface()["resize"] == "none"
+    assert _spec(dynamic="none").interface()["outputs"]["boxes"]["shape"] == [1, 100, 4]
 
 
 def test_masks_are_a_fifth_output():
     spec = _spec(task="instance_segmentation", mask_size=28)
     assert spec.output_names == (*_spec().output_names, "masks")
-    masks = spec.contract()["outputs"]["masks"]
+    masks = spec.interface()["outputs"]["masks"]
     assert (masks["dtype"], masks["shape"]) == ("float32", ["batch", 100, 28, 28])
-    assert "masks" not in _spec().contract()["outputs"]
+    assert "masks" not in _spec().interface()["outputs"]
 
 
 @pytest.mark.parametrize("canvas", [(96, 128, "batch"), (None, None, "image")])
@@ -130,7 +134,7 @@ NAMES = st.sampled_from([f.name for f in fields(ModelSpec)])
 @settings(max_examples=int(os.environ.get("FUZZ_FIELDS", 200)), deadline=None)
 @given(st.dictionaries(NAMES, JSON, min_size=1, max_size=3))
 def test_any_value_of_any_field_is_read_or_refused_in_one_line(changes):
-    """By both ways in; what is read has a contract, whose shapes and types can be relied on."""
+    """By both ways in; what is read has a interface, whose shapes and types can be relied on."""
     values = {**asdict(_spec()), **changes}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
     with TemporaryDirectory() as folder:
@@ -142,7 +146,7 @@ def test_any_value_of_any_field_is_read_or_refused_in_one_line(changes):
             except UserError as error:
                 assert len(str(error)) < 700
                 continue
-            json.dumps(spec.contract(), allow_nan=False)
+            json.dumps(spec.interface(), allow_nan=False)
             assert all(type(name) is str for name in spec.classes)
             assert 0 <= spec.min_size <= 65_535 and spec.height != 0
 

@@ -117,7 +117,7 @@ def test_a_broken_promise_fails(exported, tmp_path):
     model.graph.node.append(helper.make_node("Max", ["right", "nought"], ["labels"]))
     onnx.save(model, tmp_path / "faulty.onnx")
     report = verify(made.model, tmp_path / "faulty.onnx", made.spec)
-    assert report.verdict == "contract broken" and "rows past num_dets" in report.explanation
+    assert report.verdict == "promise broken" and "rows past num_dets" in report.explanation
 
 
 def shifted(made, tmp_path, scale, bias):
