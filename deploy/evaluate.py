@@ -17,8 +17,8 @@ from deploy.files import write_json
 from deploy.predict import SHRUNK
 from deploy.runtime import OrtDetector
 from deploy.serving import time_limit
-from deploy.serving.many_images import show_progress
 from deploy.serving.paste import encode_rle
+from deploy.serving.progress import show_progress
 from deploy.spec import ModelSpec
 from fgd_inputs.names import one_line
 

@@ -19,7 +19,8 @@ from deploy.labels.gate import Threshold, choose_thresholds, parse_precisions
 from deploy.labels.teacher import Teacher, as_result, check_classes, load_teacher
 from deploy.serving import time_limit
 from deploy.serving.journal import Journal, Note
-from deploy.serving.many_images import say, show_progress
+from deploy.serving.many_images import say
+from deploy.serving.progress import show_progress
 from fgd_inputs.coco import CocoFile, read_coco, read_test_set
 from fgd_inputs.file_names import find_images
 from fgd_inputs.folder_lock import locked

@@ -22,6 +22,7 @@ FORBIDDEN = {
     "deploy.spec": STDLIB_ONLY,
     "deploy.files": STDLIB_ONLY,
     "deploy.serving.journal": STDLIB_ONLY,
+    "deploy.serving.progress": STDLIB_ONLY,
     "deploy.serving.coco_results": STDLIB_ONLY,
     "deploy.serving.preprocess": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
     "deploy.serving.detector": TRAINING | {"onnx", "onnxruntime", "pycocotools"},

@@ -22,6 +22,7 @@ from deploy.errors import ParityError
 from deploy.graphs import exportable_class
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.tensorrt.nms_rounds import Rounds
+from deploy.serving.progress import show_progress
 from deploy.spec import ModelSpec, fills
 
 
@@ -82,7 +83,7 @@ def compare(
         graph = graph.with_threshold(threshold)
     tally.thresholds.append(threshold)
     with score_threshold(model, exportable_class(model).threshold_path, threshold):
-        for batch in batches:
+        for done, batch in enumerate(batches, 1):
             outputs, raw = graph.run(batch)
             broken = broken_shapes(outputs, batch, spec)
             if broken:
@@ -95,6 +96,7 @@ def compare(
                 canvas = batch.images.shape[2:]
                 if not fills(batch.image_sizes[i], canvas, spec.size_divisibility):
                     tally.padded += tally.unmatched - before
+            show_progress(done, len(batches), f"batches at score threshold {threshold:g}")
 
 
 def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:
@@ -123,4 +125,5 @@ def _raw_errors(judge: RawJudge, graph: GraphUnderTest, batches: Sequence[Batch]
         for name, errors in judge.errors(batch, {**raw, **outputs}).items():
             known = worst.setdefault(name, errors)
             worst[name] = {key: max(known[key], value) for key, value in errors.items()}
+        show_progress(i + 1, len(batches), "batches, raw predictions")
     return worst, warnings + rounds.warnings()

@@ -9,6 +9,7 @@ from onnxruntime.quantization import CalibrationDataReader
 
 from deploy.errors import UserError
 from deploy.serving.preprocess import load_image, make_batch, prepare
+from deploy.serving.progress import show_progress
 from deploy.spec import INPUT_NAMES, ModelSpec
 from fgd_inputs.file_names import find_images
 
@@ -55,5 +56,7 @@ class Reader(CalibrationDataReader):
         """Inputs of the graph by name, or None at the end."""
         if not self.pending:
             return None
-        image = prepare(load_image(self.pending.pop(0)), self.spec)
+        file = self.pending.pop(0)
+        show_progress(self.files.index(file) + 1, len(self.files), "calibration images")
+        image = prepare(load_image(file), self.spec)
         return dict(zip(INPUT_NAMES, make_batch([image], self.spec), strict=True))

@@ -19,11 +19,11 @@ from deploy.serving.detector import Detections, Detector
 from deploy.serving.draw import draw_detections
 from deploy.serving.journal import Journal, Note
 from deploy.serving.paste import encode_rle
+from deploy.serving.progress import show_progress
 from fgd_inputs.folder_lock import locked
 from fgd_inputs.names import one_line
 
 _LONGEST_STEM = 200  # bytes of a picture's name: file systems take 255
-_BAR = 30  # characters of a full one
 
 
 def predict(
@@ -167,11 +167,3 @@ def _save_picture(path: Path, image: np.ndarray, found: Detections, classes) -> 
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=92)
     write_atomically(path, buffer.getvalue())
-
-
-def show_progress(done: int, total: int) -> None:
-    """A bar on one line of stderr; nothing unless someone watches."""
-    if sys.stderr.isatty():
-        bar = "#" * (_BAR * done // max(total, 1))
-        end = "\n" if done == total else ""
-        print(f"\r[{bar:.<{_BAR}}] {done}/{total} images", end=end, file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 
+from deploy.serving.progress import show_progress
+
 _LIBRARIES = ("numpy", "Pillow", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "detectron2")
 _MAX_SPREAD = 1.2  # p90 / p50 on a quiet machine stays well below
 _MIN_CPU_SHARE = 0.9  # process CPU time / wall time; less means waiting for others
@@ -50,6 +52,7 @@ def interleave(rows: Dict[str, Callable[[], Any]], repeats: int, warmup: int) ->
             elapsed, cpu_elapsed = time.perf_counter() - start, time.process_time() - cpu_start
             if i >= 0:
                 wall[name][i], cpu[name][i] = elapsed, cpu_elapsed
+        show_progress(i + warmup + 1, repeats + warmup, "rounds")
     return {name: Timing(wall[name], cpu[name]) for name in rows}
 
 

@@ -162,15 +162,20 @@ def test_fixed_batch_size_threshold_and_images(tmp_path):
     assert report["verification"]["images"] == 5 + 2
 
 
-def test_an_earlier_export_is_kept_unless_forced(checkpoint, converted, capsys):
+def test_an_earlier_export_is_kept_unless_forced(checkpoint, converted, capsys, monkeypatch):
     converted()
     assert main([str(checkpoint)]) == 0
+    assert capsys.readouterr().err == ""  # no bar, unless someone watches
     folder = checkpoint.with_name("student_onnx")
     before = (folder / "model.onnx").read_bytes()
     assert main([str(checkpoint)]) == 2
     assert "--force" in capsys.readouterr().err
     (folder / "model.failed.onnx").write_bytes(b"of an earlier attempt")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main([str(checkpoint), "--force"]) == 0
+    bar = f"\r[{'#' * 30}] 6/6 batches"
+    shown = capsys.readouterr().err
+    assert f"{bar} at score threshold 0.05\n" in shown and f"{bar}, raw predictions\n" in shown
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.onnx", "report.json"]
     assert (folder / "model.onnx").read_bytes() == before
 

@@ -20,6 +20,15 @@ def test_rows_alternate_and_warmup_is_not_counted():
     )
 
 
+def test_rounds_are_shown_where_someone_watches(monkeypatch, capsys):
+    interleave({"a": int}, repeats=3, warmup=1)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    interleave({"a": int}, repeats=3, warmup=1)
+    bars = [f"\r[{'#' * (30 * i // 4):.<30}] {i}/4 rounds" for i in range(1, 5)]
+    assert capsys.readouterr() == ("", "".join(bars) + "\n")
+
+
 def test_clock_and_cpu_time_are_told_apart():
     def work(until=None):
         until = time.process_time() + 0.02
