@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..processes import rng
 from ..processes.together import on_every_process
 from . import dataset, losses, scoring, teacher, wiring
+from .calibration import calibration, check_calibration
 from .findings import FAULT, OK, WARNING, Finding, Report
 from .patient import Patient
 from .settings import NEEDED
@@ -229,3 +230,6 @@ def _score(
     score, floor = scoring.ap50(truth, given, by_class), patient.cfg.DOCTOR.MIN_AP50
     report.findings.append(teacher.check_quality(score, floor, len(samples), by_class))
     report.figures["teacher_ap50"] = None if score != score else score
+    sure = calibration(truth, given, by_class)
+    report.findings.append(check_calibration(sure, len(samples)))
+    report.figures["teacher_calibration"] = sure._asdict() if sure.detections else None

@@ -15,6 +15,7 @@ CHECKS = (
     "gradients",
     "channels",
     "quality",
+    "calibration",
 )
 
 
