@@ -10,8 +10,12 @@ from hypothesis import settings
 
 from fgd.config import get_fgd_cfg
 
-# For tests that state no number of examples: pytest --hypothesis-profile=thorough tests/fgd_inputs
+# Other examples every time; 2,000 of tests that state no number:
+# pytest --hypothesis-profile=thorough tests/fgd_inputs
 settings.register_profile("thorough", max_examples=2000, deadline=None)
+# The suite draws the same examples every time, so that it fails for a change alone.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 TINY_BACKBONES = {
     "RetinaNet": "build_retinanet_timm_fpn_backbone",

@@ -141,7 +141,8 @@ def test_equals_the_literal_reference(images, channels, sizes, equal, resize, of
     student = offset + random(images, channels, *sizes[:2], seed=seed)
     teacher = 3 * random(images, channels, *other, seed=seed + 100)
     value, gradient = with_gradient(student, teacher, resize)
-    assert value.item() == pytest.approx(reference(student, teacher, resize), rel=1e-9, abs=1e-9)
+    # A constant map may be resized to one that varies by 1e-14, which 1e-6 in the divisor enlarges.
+    assert value.item() == pytest.approx(reference(student, teacher, resize), rel=1e-9, abs=1e-7)
     assert gradient.isfinite().all()
 
 
