@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from fgd.doctor.calibration import calibration, check_calibration, expected_error, right_ones
+from fgd.doctor.calibration import calibration, check_calibration, expected_error
+from fgd.doctor.scoring import judge
 
 from .test_scoring import FAR, SQUARE, detected, labelled
 
@@ -12,10 +13,18 @@ def test_each_object_makes_one_detection_right():
     truth = labelled(SQUARE, FAR, classes=[0, 1])
     shifted = [12.0, 10, 32, 30]  # IoU 18 / 22
     found = detected((shifted, 0, 0.5), (SQUARE, 0, 0.9), (FAR, 0, 0.8), (FAR, 1, 0.1))
-    assert right_ones(truth, found, True) == [False, True, False, True]
-    assert right_ones(truth, found, False) == [False, True, True, False]
-    assert right_ones(labelled(), found, True) == [False] * 4
-    assert right_ones(truth, detected(), True) == []
+
+    def right(truth, found, by_class):
+        """In the order of the detections, whose scores all differ."""
+        scores, which = judge([truth], [found], by_class)
+        known = dict(zip(np.float32(scores).tolist(), which.tolist(), strict=True))
+        return [known[score] for score in found.scores.tolist()]
+
+    assert right(truth, found, True) == [False, True, False, True]
+    assert right(truth, found, False) == [False, True, True, False]
+    assert right(labelled(), found, True) == [False] * 4
+    assert right(labelled(SQUARE), found, True) == [False, True, False, False]  # no class 1 at all
+    assert right(truth, detected(), True) == []
 
 
 def test_error_by_hand():

@@ -28,7 +28,8 @@ class Padding(NamedTuple):
     def of(cls, backbone: Backbone) -> "Padding":
         said = getattr(backbone, "padding_constraints", {})
         step = said.get("size_divisibility", backbone.size_divisibility)
-        # as an attribute: of `detectors.vit`
+        # `detectors.vit` has it as an attribute: were it among the constraints, Detectron2 would
+        # crop what is larger, without a word
         square = said.get("square_size", 0) or getattr(backbone, "square_size", 0)
         return cls(max(step, 1), max(square, 0))  # 0 is "none" for both
 

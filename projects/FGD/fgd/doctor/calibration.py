@@ -4,12 +4,13 @@ Detection ECE after Küppers et al. (Multivariate Confidence Calibration for Obj
 2020), of confidence alone.
 """
 
-from typing import List, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Instances
 
 from .findings import OK, Finding
+from .scoring import judge
 
 BINS = 10
 _CLOSEST = 1e-6  # to 0 and 1 that a score counts in the logarithm
@@ -29,24 +30,6 @@ class Calibration(NamedTuple):
     log_loss: float
 
 
-def right_ones(truth: Instances, found: Instances, by_class: bool) -> List[bool]:
-    """Which detections of one image have found an object, in their order.
-
-    Best scores first, each takes the free object that it overlaps most, with IoU >= 0.5 and, with
-    ``by_class``, of its class; a second detection of an object is wrong.
-    """
-    overlaps = pairwise_iou(found.pred_boxes, truth.gt_boxes.to("cpu"))
-    if by_class:
-        overlaps *= found.pred_classes[:, None] == truth.gt_classes.cpu()[None]
-    right = [False] * len(found)
-    for i in found.scores.argsort(descending=True, stable=True).tolist() if len(truth) else ():
-        best = int(overlaps[i].argmax())
-        right[i] = bool(overlaps[i, best] >= 0.5)
-        if right[i]:
-            overlaps[:, best] = 0
-    return right
-
-
 def expected_error(scores: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
     """Sum over equal bins of [0, 1] of n_bin / n · |share that is right - mean score|."""
     number = np.minimum((scores * bins).astype(int), bins - 1)
@@ -58,13 +41,11 @@ def calibration(
     truth: Sequence[Instances], found: Sequence[Instances], by_class: bool
 ) -> Calibration:
     """Over all detections of all images; NaN where there is none."""
-    scores = np.concatenate([[], *(x.scores.numpy() for x in found)])
-    right = [right_ones(*pair, by_class) for pair in zip(truth, found, strict=True)]
-    right = np.concatenate([[], *right]).astype(float)
+    scores, right = judge(truth, found, by_class)
     if not len(scores):
         return Calibration(0, *[float("nan")] * 4)
     sure = np.clip(scores, _CLOSEST, 1 - _CLOSEST)
-    losses = -np.where(right > 0, np.log(sure), np.log1p(-sure))
+    losses = -np.where(right, np.log(sure), np.log1p(-sure))
     ece = expected_error(scores, right)
     return Calibration(len(scores), scores.mean(), right.mean(), ece, losses.mean())
 

@@ -1,8 +1,8 @@
-"""How well a detector finds labelled objects: AP50, and its confidence in each object."""
+"""How well a detector finds labelled objects: AP50, which detections are right, confidence."""
 
 import contextlib
 import io
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -47,9 +47,33 @@ def ap50(truth: Sequence[Instances], found: Sequence[Instances], by_class: bool)
         return float("nan")
     if not any(len(x) for x in found):
         return 0.0
+    evaluation = _evaluate(truth, found, by_class)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"]
+    return 100 * float(precision[precision > -1].mean())  # -1: classes that do not occur
+
+
+def judge(
+    truth: Sequence[Instances], found: Sequence[Instances], by_class: bool
+) -> Tuple[np.ndarray, np.ndarray]:
+    """(D,) scores, and which of these detections have found an object.
+
+    COCO's matching: best scores first, each takes the free object that it overlaps most, with
+    IoU >= 0.5 and, with ``by_class``, of its class; a second detection of an object is wrong.
+    """
+    if not any(len(x) for x in found):
+        return np.zeros(0), np.zeros(0, bool)
+    cells = [cell for cell in _evaluate(truth, found, by_class).evalImgs if cell is not None]
+    scores = np.concatenate([cell["dtScores"] for cell in cells])
+    return scores, np.concatenate([cell["dtMatches"][0] > 0 for cell in cells])
+
+
+def _evaluate(truth: Sequence[Instances], found: Sequence[Instances], by_class: bool) -> COCOeval:
+    """Detections matched at IoU 0.5, image by image. At least one is needed."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         labels, results = COCO(), []
-        labels.dataset = _as_coco(truth)
+        labels.dataset = _as_coco(truth, found)
         labels.createIndex()
         for image, instances in enumerate(found):
             rows = _rows(image, instances.pred_boxes, instances.pred_classes)
@@ -60,12 +84,11 @@ def ap50(truth: Sequence[Instances], found: Sequence[Instances], by_class: bool)
         params.iouThrs, params.useCats, params.maxDets = np.array([0.5]), int(by_class), [100]
         params.areaRng, params.areaRngLbl = [[0, float("inf")]], ["all"]
         evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"]
-    return 100 * float(precision[precision > -1].mean())  # -1: classes that do not occur
+    return evaluation
 
 
-def _as_coco(truth: Sequence[Instances]) -> dict:
+def _as_coco(truth: Sequence[Instances], found: Sequence[Instances]) -> dict:
+    """Of all classes that are labelled or detected."""
     annotations = [
         {**row, "iscrowd": 0}
         for image, instances in enumerate(truth)
@@ -74,6 +97,7 @@ def _as_coco(truth: Sequence[Instances]) -> dict:
     for number, annotation in enumerate(annotations, start=1):  # 0 would mean "not matched"
         annotation["id"] = number
     classes = {row["category_id"] for row in annotations}
+    classes.update(*(x.pred_classes.tolist() for x in found))
     return {
         "images": [{"id": image} for image in range(len(truth))],
         "annotations": annotations,

@@ -57,8 +57,8 @@ def change(arm: Sequence[np.ndarray], against: Sequence[np.ndarray]) -> Change:
     by_seed = np.asarray(arm) - np.asarray(against)  # (S, 1 + resamples)
     differences, seeds = by_seed.mean(axis=0), len(by_seed)
     if seeds > 1:
-        drawn = np.random.default_rng(seeds).standard_t(seeds - 1, len(differences) - 1)
-        differences[1:] += by_seed[:, 0].std(ddof=1) / np.sqrt(seeds) * drawn
+        t = np.random.default_rng(seeds).standard_t(seeds - 1, len(differences) - 1)
+        differences[1:] += by_seed[:, 0].std(ddof=1) / np.sqrt(seeds) * t
     drawn = differences[1:][~np.isnan(differences[1:])]
     if not len(drawn) or np.isnan(differences[0]):
         return Change(*[float("nan")] * 4)
