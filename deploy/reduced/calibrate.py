@@ -50,13 +50,13 @@ class Reader(CalibrationDataReader):
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """Which images `get_next` gives from now on."""
-        self.pending = self.files[start_index:end_index]
+        self.pending, self.end = self.files[start_index:end_index], end_index
 
     def get_next(self):
         """Inputs of the graph by name, or None at the end."""
         if not self.pending:
             return None
-        file = self.pending.pop(0)
-        show_progress(self.files.index(file) + 1, len(self.files), "calibration images")
-        image = prepare(load_image(file), self.spec)
+        image = prepare(load_image(self.pending.pop(0)), self.spec)
+        done = min(self.end, len(self)) - len(self.pending)
+        show_progress(done, len(self), "calibration images")
         return dict(zip(INPUT_NAMES, make_batch([image], self.spec), strict=True))
