@@ -15,9 +15,9 @@ from fgd.bench.per_method import (
     method_row,
     record,
 )
-from fgd.bench.timing import Times
 from fgd.bench.workload import build_workload
 from fgd.distillation.teacher import FrozenTeacher
+from fgd.timing import Times
 
 from .conftest import pair_cfg
 

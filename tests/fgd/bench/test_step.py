@@ -8,8 +8,8 @@ from fgd.bench.__main__ import main
 from fgd.bench.per_method import TEACHER, Memory
 from fgd.bench.step import REST, STUDENT, WHOLE, Settings, TrainingStep, measure, step_row
 from fgd.bench.step_report import table
-from fgd.bench.timing import Times
 from fgd.bench.workload import build_workload
+from fgd.timing import Times
 
 from .conftest import KEPT
 

@@ -87,17 +87,13 @@ def test_a_teacher_that_is_there_is_evaluated_and_nobody_waits_for_it():
     assert distil.needs == () and distil.opts["MODEL.DISTILLER.TEACHER.WEIGHTS"] == "t.pth"
 
 
-def test_the_long_student_waits_for_the_two_whose_time_it_needs():
+def test_arms_of_equal_time_start_last_and_need_the_teacher_to_be_timed():
     arms = ["student-long", "student", "inherit+distil"]
     runs = plan(CONFIG, "t.yaml", arms, [0, 1], Path("out"), {})
     assert [r.arm for r in runs][-2:] == ["student-long"] * 2  # they start last
-    assert runs[-1].needs == ("student", "inherit+distil")
+    assert runs[-1].needs == ("teacher",)
     assert runs[-1].opts == {"MODEL.META_ARCHITECTURE": "RetinaNet"}
-    arms = ["student-long", "student", "FGD", "inherit+FGD"]  # without the main arm
-    run = plan(CONFIG, "t.yaml", arms, [0], Path("out"), {})[-1]
-    assert run.needs == ("student", "FGD", "inherit+FGD")
-    run = plan(CONFIG, "t.yaml", [*arms, "inherit+distil"], [0], Path("out"), {})[-1]
-    assert run.needs == ("student", "inherit+distil")
+    assert plan(CONFIG, "", arms, [0], Path("out"), TEACHER)[-1].needs == ()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +110,7 @@ def test_the_long_student_waits_for_the_two_whose_time_it_needs():
         (["distil"], {}, "no teacher"),
         (["student", "student"], {}, "names an arm twice"),
         (["student-long"], {}, "so add student and inherit.distil"),
+        (["pseudo-timed", "student", "FGD"], TEACHER, "time that FGD takes, so add pseudo"),
         (["no-magic"], TEACHER, "no-magic unknown; there are .*, only-relation"),
         (["student"], {"DATASETS.TEST": "('a', 'b')"}, "one test set, found"),
         (["student"], {"MODEL.NOTHING": "1"}, "MODEL.NOTHING"),

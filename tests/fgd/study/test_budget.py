@@ -4,25 +4,38 @@ from pathlib import Path
 import pytest
 
 from fgd.errors import UserError
+from fgd.study import budget, step_times
 from fgd.study.arms import study_config
-from fgd.study.budget import long_budget, long_schedule, step_seconds
-from fgd.study.plan import plan
-
-from .finished import finish
+from fgd.study.budget import equal_time, read_budget, schedule, step_seconds
+from fgd.study.step_times import StepTime
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
-ARMS = ["student", "inherit+distil", "student-long"]
+# Of a step, processor time; the clock of a student's step is 1 s, so that seconds are iterations.
+SECONDS = {"student": 0.5, "inherit+distil": 0.8, "FGD": 0.8, "inherit+FGD": 0.9, "inherit": 2.0}
+SECONDS |= {"distil": 3.0, "pseudo": 0.5, "pseudo+distil": 0.8, "unlabeled": 1.6}
 
 
 @pytest.fixture
-def study(tmp_path):
-    """Runs of two seeds: the student's steps take 0.5 s, the distilled one's 0.8 s."""
-    cfg = study_config(CONFIG, {})
-    runs = plan(CONFIG, "t.yaml", ARMS, [0, 1], tmp_path, {})
-    for run in runs:
-        if run.arm in ARMS[:2]:
-            finish(run, step=0.5 if run.arm == "student" else 0.8)
-    return runs, cfg, tmp_path
+def cfg():
+    return study_config(CONFIG, {})
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """Steps take `SECONDS`; the pairs that were timed."""
+    pairs = []
+
+    def alone(_, student, arm, *more):
+        name = arm[-1]
+        pairs.append(name)
+        return StepTime(SECONDS[name] / 0.5, SECONDS[name], 0.5, 1.0)
+
+    monkeypatch.setattr(step_times, "run_alone", alone)
+    return pairs
+
+
+def words(*arms):
+    return {arm: [CONFIG, arm] for arm in arms}
 
 
 def test_seconds_are_the_median_of_all_steps(tmp_path):
@@ -34,71 +47,82 @@ def test_seconds_are_the_median_of_all_steps(tmp_path):
     assert step_seconds([]) != step_seconds([])  # NaN
 
 
-def test_the_whole_schedule_is_stretched_by_the_measured_ratio(study):
-    runs, cfg, output = study
-    budget = long_budget(runs, cfg, output)
-    assert budget["ratio"] == pytest.approx(1.6) and budget["iterations"] == 960
-    assert budget["seconds"] == {"student": 0.5, "inherit+distil": 0.8}
+def test_the_whole_schedule_is_stretched_by_the_measured_ratio(cfg, tmp_path, measured):
+    found = equal_time("student-long", words("student", "inherit+distil"), cfg, tmp_path, 1)
+    assert found["ratio"] == pytest.approx(1.6) and found["iterations"] == 960
+    assert found["seconds"] == {"student": 0.5, "inherit+distil": 0.8}
+    assert measured == ["inherit+distil"]
     cfg.SOLVER.STEPS = (300, 500)
-    assert long_schedule(budget, cfg) == {
+    assert schedule(found, cfg) == {
         "SOLVER.MAX_ITER": "960",
         "SOLVER.WARMUP_ITERS": "80",
         "SOLVER.STEPS": "(480, 800)",
     }
     cfg.INPUT.PLAIN_FROM = 400
-    assert long_schedule(budget, cfg)["INPUT.PLAIN_FROM"] == "640"
+    assert schedule(found, cfg)["INPUT.PLAIN_FROM"] == "640"
 
 
-def test_it_is_measured_once(study):
-    runs, cfg, output = study
-    first = long_budget(runs, cfg, output)
-    for run in runs[1:3]:
-        finish(run, step=0.001)
-    assert long_budget(runs, cfg, output) == first
+def test_it_is_settled_once(cfg, tmp_path, measured):
+    first = equal_time("student-long", words("student", "FGD"), cfg, tmp_path, 1)
+    more = words("student", "FGD", "inherit+FGD")  # a slower one, another day
+    assert equal_time("student-long", more, cfg, tmp_path, 1) == first
+    assert read_budget("student-long", cfg, tmp_path) == first and measured == ["FGD"]
     cfg.SOLVER.MAX_ITER = 100
     with pytest.raises(UserError, match="MAX_ITER 600, which is now 100"):
-        long_budget(runs, cfg, output)
+        read_budget("student-long", cfg, tmp_path)
+    (tmp_path / "student-long.json").write_text("[]")
+    with pytest.raises(UserError, match="not what a study writes"):
+        read_budget("student-long", cfg, tmp_path)
 
 
-def test_the_student_never_gets_less_than_the_others(study):
-    runs, cfg, output = study
-    for run in runs[1:3]:
-        finish(run, step=5.0)
-    assert long_budget(runs, cfg, output)["iterations"] == 600
+def test_one_of_an_earlier_version_is_read(cfg, tmp_path):
+    old = {"arm": "FGD", "seconds": {"student": 1.0, "FGD": 2.0}, "ratio": 2.0}
+    old |= {"iterations": 1200, "scheduled": 600}
+    (tmp_path / "student-long.json").write_text(json.dumps(old))
+    assert equal_time("student-long", words("student", "FGD"), cfg, tmp_path, 1) == old
 
 
-def times_of(tmp_path, seconds):
-    """Runs of these arms and of student-long, with finished ones' step times."""
-    runs = plan(CONFIG, "t.yaml", ["student-long", *seconds], [0], tmp_path, {})
-    for run in runs:
-        if run.arm in seconds:
-            finish(run, step=seconds[run.arm])
-    return runs
+def test_the_student_never_gets_less_than_the_others(cfg, tmp_path, monkeypatch):
+    monkeypatch.setitem(SECONDS, "FGD", 0.4)
+    found = equal_time("student-long", words("student", "FGD"), cfg, tmp_path, 1)
+    assert found["iterations"] == 600
 
 
-def test_without_the_main_arm_it_is_the_time_of_the_slowest_method(tmp_path):
+def test_without_the_main_arm_it_is_the_time_of_the_slowest_method(cfg, tmp_path):
     """The config's own arm is inherit+distil; inherit has no method and does not count."""
-    cfg = study_config(CONFIG, {})
-    seconds = {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9, "inherit": 2.0, "distil": 3.0}
-    budget = long_budget(times_of(tmp_path / "a", seconds), cfg, tmp_path / "a")
-    assert budget["arm"] == "inherit+FGD" and budget["iterations"] == 1080
-    assert budget["seconds"] == {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9}
-    seconds["inherit+distil"] = 0.6
-    budget = long_budget(times_of(tmp_path / "b", seconds), cfg, tmp_path / "b")
-    assert budget["arm"] == "inherit+distil" and budget["iterations"] == 720
+    arms = words("student", "FGD", "inherit+FGD", "inherit", "distil")
+    found = equal_time("student-long", arms, cfg, tmp_path / "a", 1)
+    assert found["arm"] == "inherit+FGD" and found["iterations"] == 1080
+    assert found["seconds"] == {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9}
+    arms |= words("inherit+distil")
+    found = equal_time("student-long", arms, cfg, tmp_path / "b", 1)
+    assert found["arm"] == "inherit+distil" and found["iterations"] == 960
 
 
-def test_every_method_must_have_finished(tmp_path):
-    runs = times_of(tmp_path, {"student": 0.5, "FGD": 0.8, "inherit+FGD": 0.9})
-    (tmp_path / "FGD_0" / "results.json").unlink()
-    with pytest.raises(UserError, match="no finished run of FGD says how long a step takes"):
-        long_budget(runs, study_config(CONFIG, {}), tmp_path)
+# The main arm takes 600 steps of 1.6 student's steps, 960 in all, and of one second each.
+@pytest.mark.parametrize(
+    "arm, labelling, iterations",
+    [
+        ("pseudo-timed", 0.0, 960),
+        ("pseudo-timed", 60.0, 900),
+        ("pseudo+distil-timed", 0.0, 600),
+        ("pseudo+distil-timed", 60.0, 563),  # 900 / 1.6 = 562.5
+        ("pseudo+distil-timed", 958.4, 1),
+        ("unlabeled-timed", 60.0, 300),  # its steps take 3.2, and it needs no labels
+        ("unlabeled-timed", None, 300),
+    ],
+)
+def test_labelling_is_part_of_the_time(cfg, tmp_path, arm, labelling, iterations):
+    arms = words("student", "inherit+distil", "pseudo", "pseudo+distil", "unlabeled")
+    found = equal_time(arm, arms, cfg, tmp_path, 1, labelling)
+    assert found["iterations"] == iterations and found["arm"] == "inherit+distil"
+    assert json.loads((tmp_path / f"{arm}.json").read_text()) == found
 
 
-def test_unfinished_runs_do_not_count(study):
-    runs, cfg, output = study
-    for run in runs:
-        (run.folder / "results.json").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="no finished run of student says how long"):
-        long_budget(runs, cfg, output)
-    assert not (output / "student-long.json").exists()
+def test_labelling_may_leave_no_time_or_be_of_unknown_length(cfg, tmp_path):
+    arms = words("student", "inherit+distil", "pseudo")
+    with pytest.raises(UserError, match="took 960 s, longer than inherit.distil trains .960 s"):
+        equal_time("pseudo-timed", arms, cfg, tmp_path, 1, 959.5)
+    with pytest.raises(UserError, match="pseudo-timed: --labels does not say how long labelling"):
+        equal_time("pseudo-timed", arms, cfg, tmp_path, 1, None)
+    assert not budget.budget_file("pseudo-timed", tmp_path).exists()

@@ -2,17 +2,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from fgd.study.arms import study_config
-from fgd.study.facts import facts, how_tested, long_facts
+from fgd.study.facts import facts, how_tested, time_facts
 from fgd.study.plan import plan
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "quick" / "shapes_fgd_retinanet.yaml")
-ROWS = [
-    {"arm": arm, "seconds": seconds}
-    for arm, seconds in (
-        *(("teacher", 2.0), ("student", 0.5), ("FGD", 0.8), ("inherit+FGD", 1.0)),
-        *(("inherit", 1.25), ("student-long", 0.5), ("distil", None)),
-    )
-]
 MEASURED = {
     "arm": "inherit+FGD",
     "seconds": {"student": 0.5, "FGD": 0.8, "inherit+FGD": 1.0},
@@ -22,13 +15,17 @@ MEASURED = {
 
 
 def test_it_says_whose_time_the_long_student_had_and_who_had_less():
-    first, second = long_facts(MEASURED, ROWS)
-    assert "1200 iterations, as many as fit into the time of inherit+FGD" in first
-    assert "steps took 2.00 times as long" in first and "FGD 0.800 s" in first
-    assert "over that of inherit+FGD: student 0.50, FGD 0.80, inherit 1.25." in second
-    assert "Below 1 an arm had less time than student-long, above 1 more." in second
-    assert long_facts(None, ROWS) == []
-    assert len(long_facts(MEASURED, ROWS[:2])) == 1  # nothing is known of its steps any more
+    first, second = time_facts({"student-long": MEASURED})
+    assert "1200 iterations, 2.00 times as many, as fit into the time of inherit+FGD (" in first
+    assert "FGD 0.800 s" in first and "labels" not in first
+    assert second == (
+        "Step time of the other arms over that of inherit+FGD: FGD 0.80. Below 1 an arm had less "
+        "time than student-long."
+    )
+    timed = {**MEASURED, "labelling": 61.4}
+    (line,) = time_facts({"pseudo-timed": timed})
+    assert "time of inherit+FGD, less 61 s for making the labels (" in line
+    assert time_facts({}) == []
 
 
 def test_it_names_the_arms_that_measured_their_factor():
@@ -39,7 +36,7 @@ def test_it_names_the_arms_that_measured_their_factor():
         (["distil"], ""),
     ):
         runs = plan(CONFIG, "t.yaml", arms, [0, 1], Path("out"), {})
-        found = " ".join(facts(args, runs, [], cfg, None))
+        found = " ".join(facts(args, runs, cfg, {}))
         assert text in found and ("--balance" in found) == bool(text)
         assert "600 iterations of 16 images" in found and "teacher t.yaml" in found
 

@@ -23,6 +23,7 @@ OPTS = {
 }
 TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
 ARMS = ["student", "inherit+distil", "unlabeled", "pseudo", "pseudo+distil"]
+TIMED = ["unlabeled-timed", "pseudo-timed", "pseudo+distil-timed"]
 
 
 @pytest.fixture
@@ -35,18 +36,20 @@ def file(tmp_path):
 
 
 def test_each_arm_has_its_pictures(file):
-    labels = read_labels(file, ARMS)
-    runs = plan(CONFIG, "", ARMS, [0], Path("out"), {**OPTS, **TEACHER}, labels=labels)
+    arms = [*ARMS, *TIMED]
+    labels = read_labels(file, arms)
+    assert labels.seconds == 61.4
+    runs = plan(CONFIG, "", arms, [0], Path("out"), {**OPTS, **TEACHER}, labels=labels)
     cfgs = {run.arm: study_config(CONFIG, run.opts) for run in runs[1:]}
-    assert sorted(cfgs) == sorted(ARMS)
+    assert sorted(cfgs) == sorted(arms)
     for arm, cfg in cfgs.items():
         check_config(cfg)
         found = [cfg.DATASETS.JSON.UNLABELED_IMAGES, cfg.DATALOADER.UNLABELED_PER_BATCH]
-        assert found == (["photos", 4] if arm == "unlabeled" else ["", 0])
+        assert found == (["photos", 4] if arm.startswith("unlabeled") else ["", 0])
         data = cfg.DATASETS.JSON
         expected = (file, "/data", 0) if arm.startswith("pseudo") else ("train.json", "", 20)
         assert (data.TRAIN, data.TRAIN_IMAGES, data.TRAIN_LIMIT) == expected
-        plain = arm in ("student", "pseudo")
+        plain = arm in ("student", "pseudo", "pseudo-timed")
         assert cfg.MODEL.META_ARCHITECTURE == ("RetinaNet" if plain else "Distiller")
         assert cfg.MODEL.DISTILLER.INHERIT  # the config's own choice, as the main arm's
 
@@ -67,6 +70,12 @@ def test_what_they_are_compared_with():
     wanted = [(arm, "student") for arm in ARMS[1:]]
     wanted += [("unlabeled", "inherit+distil"), ("pseudo+distil", "inherit+distil")]
     assert found == [*wanted, ("pseudo+distil", "pseudo")]
+    arms = ["student", "inherit+distil", "student-long", "pseudo", "pseudo-timed"]
+    assert pairs(arms, study_config(CONFIG, OPTS))[4:] == [
+        ("inherit+distil", "student-long"),
+        ("pseudo-timed", "student-long"),
+        ("pseudo-timed", "inherit+distil"),
+    ]
 
 
 def test_the_page_says_what_sets_them_apart(file):
@@ -74,7 +83,7 @@ def test_the_page_says_what_sets_them_apart(file):
         arms=",".join(ARMS), teacher="", config_file="c.yaml", seeds="0", opts=[]
     )
     cfg = study_config(CONFIG, OPTS)
-    lines = facts(args, [], [], cfg, None, (), read_labels(file, ARMS))
+    lines = facts(args, [], cfg, {}, (), read_labels(file, ARMS))
     assert lines[1].endswith("and the seeds in common, and the data but for these:")
     assert lines[2] == (
         f"pseudo: labels of {file} by t.pth (SHA-256 01234567...); to make them took 61 s, which "

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from fgd.errors import UserError
+from fgd.study import step_times
 from fgd.study.arms import study_config
 from fgd.study.plan import plan
 from fgd.study.runs import Runner, gpus
+from fgd.study.step_times import StepTime
 
 from .finished import finish
 
@@ -95,19 +98,34 @@ def test_runs_wait_for_those_that_they_need(tmp_path):
     assert runner.run_all() == []
 
 
-def test_the_long_student_needs_times(tmp_path):
-    """The scripts leave no metrics.json, so nothing says how long a step takes."""
+def test_the_long_student_needs_times(tmp_path, monkeypatch):
+    """An error in timing a step is one of this run."""
+
+    def alone(*_):
+        raise UserError(reason)
+
+    reason = "t.pth does not exist"
+    monkeypatch.setattr(step_times, "run_alone", alone)
     arms = ["student", "inherit+distil", "student-long"]
     (failure,) = make(tmp_path, arms, jobs=4).run_all()
-    reason = "no finished run of student says how long a step takes"
     assert str(failure) == f"FAILED: student-long, seed 0: {reason}"  # no log: it was not started
     assert not failure.run.folder.exists()
 
 
-def test_the_long_student_is_trained_for_the_measured_time(tmp_path):
-    runner = make(tmp_path, ["student", "inherit+distil", "student-long"])
-    for run in runner.runs[:-1]:
-        finish(run, step=0.5 if run.arm == "student" else 0.8)
+def test_the_long_student_is_trained_for_the_measured_time(tmp_path, monkeypatch):
+    runner = make(tmp_path, ["student", "inherit+distil", "student-long"], (4, 5), threads=3)
+    timed = []
+
+    def alone(_, student, arm, rounds, threads):
+        timed.append((student, arm, threads))
+        return StepTime(1.6, 0.8, 0.5, 0.5)
+
+    monkeypatch.setattr(step_times, "run_alone", alone)
+    Runner.command(runner, runner.runs[-1])
+    ((student, arm, threads),) = timed
+    own = ["SEED", "4", "OUTPUT_DIR", str(tmp_path / "student_4")]
+    assert student == [CONFIG, *own, "MODEL.META_ARCHITECTURE", "RetinaNet"] and threads == 3
+    assert arm[:3] == [CONFIG, "SEED", "4"] and "MODEL.DISTILLER.TEACHER.WEIGHTS" in arm
     command = Runner.command(runner, runner.runs[-1])
     assert command[command.index("SOLVER.MAX_ITER") + 1] == "960"
     assert command[command.index("MODEL.META_ARCHITECTURE") + 1] == "RetinaNet"

@@ -11,10 +11,10 @@ import torch
 from ..config import check_device, load_config
 from ..errors import UserError
 from ..files import atomic_write, check_output_dir
+from ..processes.alone import ALLOCATORS, run_alone
+from ..timing import available_cores, describe_machine
 from . import gpu, gpu_report, loss, loss_report, step, step_report
 from .cases import PYRAMIDS
-from .process import ALLOCATORS, run_alone
-from .timing import available_cores, describe_machine
 
 _LOSS = """The FGD loss alone, masks, forward and backward: the authors' arrangement with its loop
 over boxes, and this project's, alternated round by round. Time, memory, and goals; writes

@@ -13,10 +13,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 import torch
 
 from ..errors import in_one_line
+from ..processes.alone import run_alone
 from . import gpu_numbers, gpu_speed, gpu_syncs, gpu_training
 from .gpu_pairs import Settings
 from .gpu_report import FAILED, SKIPPED, plain, status_of
-from .process import run_alone
 
 # Seconds: a part gets no more, so that one that hangs leaves time for others; and none begins with
 # less than what a process takes to start.

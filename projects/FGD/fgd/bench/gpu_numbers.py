@@ -14,9 +14,9 @@ from ..errors import in_one_line
 from ..methods.fgd.method import terms_function
 from ..methods.fgd.terms import GlobalContext, composed_terms
 from ..methods.method import METHOD_REGISTRY
+from ..timing import full_float32
 from .gpu_pairs import Settings, small_batch, small_pair
 from .gpu_report import Row, note, row
-from .timing import full_float32
 from .workload import build_workload
 
 # Relative errors, in the Euclidean norm: of the terms, and of a gradient in the map's own dtype.

@@ -12,11 +12,11 @@ from ..methods.batch import Batch, Level
 from ..methods.fgd.method import FGD, terms_function
 from ..methods.fgd.terms import Weights
 from ..methods.method import over_levels
+from ..processes.alone import allocators, run_alone
+from ..timing import Times, alternate, full_float32, noise, ratio
 from .cases import PYRAMIDS, Maps, draw_boxes, draw_maps, levels_of
 from .memory import trace_halves
 from .per_box import PerBoxFGD
-from .process import allocators, run_alone
-from .timing import Times, alternate, full_float32, noise, ratio
 
 BASELINE = "per box"
 Builder = Callable[[Sequence[Level], Weights, float], nn.Module]

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..distillation.distiller import Distiller
 from ..distillation.teacher import FrozenTeacher
+from ..timing import Times, ratio
 from .goals import step_bound, step_goal
 from .memory import trace
-from .timing import Times, ratio
 
 TEACHER = "teacher forward"
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..engine import solver
 from ..methods.method import over_levels
+from ..timing import Times, alternate, noise, ratio
 from .goals import REFERENCE
 from .memory import trace
 from .per_method import Memory, measure_memory, method_row, record
-from .timing import Times, alternate, noise, ratio
 from .workload import Workload, build_workload
 
 STUDENT, REST, WHOLE = "student step", "the method and the rest", "distillation step"

@@ -10,13 +10,15 @@ after any stop.
 
 Arms: student (alone); inherit (starts from the teacher's neck and head); distil and inherit+distil
 (the config's method); METHOD and inherit+METHOD (any method, or a sum such as FGD+NKD);
-student-long (alone, for the wall time that distillation took in this study); and ablations that
+student-long (alone, for the time that distillation takes in this study); and ablations that
 switch off one term of the config's method (of FGD no-foreground, no-background, no-attention or
 no-relation) or all but one (only-foreground ...).
 
 Pictures without labels: pseudo (the student alone, trained on --labels, a file of deploy/label.py),
 pseudo+distil (the main arm on it), and unlabeled (the main arm with the config's
-DATASETS.JSON.UNLABELED_IMAGES, which all other arms are trained without).
+DATASETS.JSON.UNLABELED_IMAGES, which all other arms are trained without). pseudo-timed,
+pseudo+distil-timed and unlabeled-timed train for the time that the main arm takes, in which making
+the labels is counted.
 
 Several teachers in a row: stages (every config of --stages from the student of the one before) and
 single-long (the last of these alone, for the iterations of all).
@@ -44,7 +46,7 @@ from fgd_inputs.names import one_line
 from ..errors import UserError
 from ..files import check_output_dir, remove_stale_temporaries
 from . import budget
-from .arms import ARMS, LONG, SINGLE, STAGES, main_arms, study_config
+from .arms import ARMS, SINGLE, STAGES, TIMED, main_arms, study_config
 from .comparisons import number_of_tests
 from .earlier import check_finished, with_test_data
 from .factors import given_factors
@@ -159,7 +161,8 @@ def _study(args: argparse.Namespace) -> int:
         devices = gpus(cfg.MODEL.DEVICE)
         jobs = args.jobs or len(devices) or 1
         threads = args.threads or max(1, (os.cpu_count() or 1) // jobs)
-        failures = Runner(runs, cfg, args.output, jobs, threads, devices).run_all()
+        parallel = jobs, threads, devices
+        failures = Runner(runs, cfg, args.output, *parallel, labels.seconds).run_all()
     if not any(is_finished(run) for run in runs):
         print("error: no run has finished, so there is nothing to report", file=sys.stderr)
         return failures[0].exit_code if failures else UserError.exit_code
@@ -215,16 +218,19 @@ def collect(
     ]
     missing += [line for run in runs if is_finished(run) for line in no_ap(run)]
     missing += wrong_starts(runs)
-    measured, changed = None, {}
-    if any(run.arm == LONG and is_finished(run) for run in runs):
-        measured = budget.long_budget(runs, cfg, args.output)
+    changed = {}
     try:
         changed = changes(runs, cfg, args.resamples)
     except UserError as error:
         missing.append(f"Changes between arms are not tested: {error}")
     rows = summarize(runs)
+    measured = {
+        arm: settled
+        for arm in (row["arm"] for row in rows)
+        if arm in TIMED and (settled := budget.read_budget(arm, cfg, args.output))
+    }
     return {
-        "facts": facts(args, runs, rows, cfg, measured, stages, read_labels(args.labels, arms)),
+        "facts": facts(args, runs, cfg, measured, stages, read_labels(args.labels, arms)),
         "missing": missing,
         "arms": rows,
         "budget": measured,

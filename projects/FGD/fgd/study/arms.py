@@ -14,19 +14,35 @@ TEACHER, STUDENT, LONG = "teacher", "student", "student-long"
 STAGES, SINGLE = "stages", "single-long"  # several teachers in a row; see `stages`
 REFERENCE = "FGD"  # the method that others are compared with
 _INHERIT = "inherit+"
+# Arm → the arm that it is, for as long as the main arm takes (`budget`).
+TIMED = {LONG: STUDENT, **{f"{arm}-timed": arm for arm in (PSEUDO, BOTH, UNLABELED)}}
 
-# All else is the same, the schedule above all; LONG's own is in `budget`.
+# All else is the same, the schedule above all; that of `TIMED` is in `budget`.
 ARMS: Dict[str, Dict[str, str]] = {
     STUDENT: {},  # plain; filled in with the student's meta-architecture
     "inherit": {"MODEL.DISTILLER.METHOD": "", "MODEL.DISTILLER.INHERIT": "True"},
     "distil": {"MODEL.DISTILLER.INHERIT": "False"},
     "inherit+distil": {"MODEL.DISTILLER.INHERIT": "True"},
-    LONG: {},
     PSEUDO: {},  # these three are the student or the main arm, on other pictures; see `labels`
     BOTH: {},
     UNLABELED: {},
+    **{arm: {} for arm in TIMED},
 }
-PLAIN = (STUDENT, LONG, PSEUDO)  # without distillation
+
+
+def base_arm(arm: str) -> str:
+    """The arm that one of `TIMED` is but for its iterations; of others itself."""
+    return TIMED.get(arm, arm)
+
+
+def is_plain(arm: str) -> bool:
+    """Whether it is without distillation."""
+    return base_arm(arm) in (STUDENT, PSEUDO)
+
+
+def has_labels(arm: str) -> bool:
+    """Whether it is trained on the file of --labels."""
+    return base_arm(arm) in (PSEUDO, BOTH)
 
 
 def study_config(config_file: str, opts: Dict[str, str]) -> CfgNode:
@@ -126,7 +142,7 @@ def check_arms(arms: Sequence[str], cfg: CfgNode) -> None:
 
     Raises:
         UserError: the config distils nothing; an unknown arm; one twice; inheriting for a method
-            without a teacher; `LONG` without the arms whose time it needs.
+            without a teacher; one of `TIMED` without the arms whose time it needs.
     """
     found = cfg.MODEL.META_ARCHITECTURE
     if found != META_ARCHITECTURE:
@@ -147,12 +163,18 @@ def check_arms(arms: Sequence[str], cfg: CfgNode) -> None:
     check_unlabeled_arm(arms, cfg)
     for arm in method_arms(arms):
         _check_inheriting(arm, cfg)
+    for arm in (arm for arm in arms if arm in TIMED):
+        _check_timed(arm, arms, cfg)
+
+
+def _check_timed(arm: str, arms: Sequence[str], cfg: CfgNode) -> None:
     timed = main_arms(arms, cfg)
-    missing = [STUDENT] * (STUDENT not in arms) + [main_arm(cfg)] * (not timed)
-    if LONG in arms and missing:
+    missing = [name for name in dict.fromkeys((STUDENT, base_arm(arm))) if name not in arms]
+    missing += [main_arm(cfg)] * (not timed)
+    if missing:
         whose = ", ".join(timed) or f"{main_arm(cfg)}, or an arm of a method,"
         raise UserError(
-            f"--arms: {LONG} trains for the time that {whose} takes, so add {' and '.join(missing)}"
+            f"--arms: {arm} trains for the time that {whose} takes, so add {' and '.join(missing)}"
         )
 
 

@@ -12,6 +12,7 @@ from .arms import (
     STAGES,
     STUDENT,
     TEACHER,
+    TIMED,
     is_ablation,
     main_arm,
     method_arms,
@@ -27,10 +28,9 @@ AHEAD, BEHIND, SAME = "ahead", "behind", "not told apart"
 def pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
     """Which arm is compared with which, of those that are there.
 
-    Each with the student alone; the main arm and those of methods with the student that had their
-    time, and with FGD if they are another method; each ablation with the main arm, as
-    those of pictures without labels that distil; several teachers in a row with one of them for as
-    long.
+    Each with the student alone; the main arm, those of methods and those of equal time with the
+    student that had their time, methods also with FGD; each ablation with the main arm, as those of
+    pictures without labels; several teachers in a row with one of them for as long.
     """
     main = main_arm(cfg)
     distilled = [arm for arm in arms if arm == main or arm in method_arms(arms)]
@@ -38,6 +38,8 @@ def pairs(arms: Sequence[str], cfg: CfgNode) -> List[Tuple[str, str]]:
     found += [(arm, LONG) for arm in distilled]
     found += [(arm, reference_arm(arm, arms, cfg)) for arm in distilled]
     found += [(arm, main) for arm in arms if is_ablation(arm)]
+    timed = [arm for arm in TIMED if arm != LONG]
+    found += [(arm, LONG) for arm in timed] + [(arm, main) for arm in timed]
     found += [(UNLABELED, main), (BOTH, main), (BOTH, PSEUDO), (STAGES, SINGLE)]
     return [(arm, against) for arm, against in found if arm in arms and against in arms]
 

@@ -13,7 +13,7 @@ from ..engine.results import BEST
 from ..engine.run_folder import recorded
 from ..errors import UserError
 from ..weights import weights_sha256
-from .arms import LONG
+from .arms import TIMED
 from .factors import KEY
 from .files import has_results, was_given_factor
 from .run import Run
@@ -40,7 +40,7 @@ def check_finished(runs: Sequence[Run]) -> None:
         changes = result_changes(before, now)
         if run.select:  # among which checkpoints it was chosen, and by what
             changes |= {k: v for k, v in differences(before, now).items() if k in _CHOICE}
-        if run.arm == LONG:  # its schedule is in the study's own file
+        if run.arm in TIMED:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
         if run.balance:  # it has what was measured then
             changes.pop(KEY, None)

@@ -1,14 +1,14 @@
 """Sentences of a study's page: what was compared with what, and how it was tested."""
 
 import math
-from typing import List, Optional, Sequence
+from typing import List, Mapping, Sequence
 
 import torch
 from detectron2 import __version__ as detectron2_version
 from detectron2.config import CfgNode
 
 from ..distillation.config import teacher_name
-from .arms import LONG, SINGLE, STAGES, TEACHER
+from .arms import LONG, SINGLE, STAGES, STUDENT
 from .comparisons import LEVEL
 from .labels import NO_LABELS, LabelFile, label_facts
 from .run import Run
@@ -19,16 +19,15 @@ from .stages import Stage, not_inheriting
 def facts(
     args,
     runs: Sequence[Run],
-    rows: Sequence[dict],
     cfg: CfgNode,
-    measured: Optional[dict],
+    measured: Mapping[str, dict],
     stages: Sequence[Stage] = (),
     labels: LabelFile = NO_LABELS,
 ) -> List[str]:
     """What the reader must know of the study.
 
     Args:
-        rows: of `summarize`. measured: of `long_budget`, or None.
+        measured: arm of `TIMED` → its `read_budget`.
     """
     own = label_facts(args.arms.split(","), cfg, labels)
     shared = "" if own else "the data, "
@@ -49,32 +48,34 @@ def facts(
             "run (train_net.py --balance)."
         )
     lines += select_facts(runs, cfg)
-    lines += long_facts(measured, rows) + stage_facts(args.arms.split(","), stages)
+    lines += time_facts(measured) + stage_facts(args.arms.split(","), stages)
     return [
         *lines,
         f"PyTorch {torch.__version__}, Detectron2 {detectron2_version}, {cfg.MODEL.DEVICE}.",
     ]
 
 
-def long_facts(measured: Optional[dict], rows: Sequence[dict]) -> List[str]:
-    """Whose time the long student had, and which arm had less or more than it."""
-    if measured is None:
-        return []
-    arm = measured["arm"]
-    seconds = ", ".join(f"{name} {s:.3f} s" for name, s in measured["seconds"].items())
-    lines = [
-        f"{LONG}: {measured['iterations']} iterations, as many as fit into the time of {arm}: its "
-        f"steps took {measured['ratio']:.2f} times as long (median per iteration: {seconds}); "
-        "warm-up and steps of the schedule are stretched alike. The teacher's own training is not "
-        "in that time."
-    ]
-    times = {row["arm"]: row["seconds"] for row in rows if row["seconds"]}
-    others = [name for name in times if name not in (TEACHER, LONG, arm)]
-    if arm in times and others:
-        shares = ", ".join(f"{name} {times[name] / times[arm]:.2f}" for name in others)
+def time_facts(measured: Mapping[str, dict]) -> List[str]:
+    """Whose time each arm of equal time had, and which methods had less."""
+    lines = []
+    for arm, budget in measured.items():
+        seconds = ", ".join(f"{name} {s:.3f} s" for name, s in budget["seconds"].items())
+        spent = budget.get("labelling")
+        less = f", less {spent:.0f} s for making the labels" if spent else ""
         lines.append(
-            f"Step time of the other arms over that of {arm}: {shares}. Below 1 an arm had less "
-            f"time than {LONG}, above 1 more."
+            f"{arm}: {budget['iterations']} iterations, {budget['ratio']:.2f} times as many, as "
+            f"fit into the time of {budget['arm']}{less} (median per iteration: {seconds}). "
+            "Warm-up and steps of the schedule are stretched alike. The teacher's own training is "
+            "not in that time."
+        )
+    times = measured[LONG]["seconds"] if LONG in measured else {}
+    slowest = measured[LONG]["arm"] if LONG in measured else ""
+    others = [name for name in times if name not in (STUDENT, slowest)]
+    if others:
+        shares = ", ".join(f"{name} {times[name] / times[slowest]:.2f}" for name in others)
+        lines.append(
+            f"Step time of the other arms over that of {slowest}: {shares}. Below 1 an arm had "
+            f"less time than {LONG}."
         )
     return lines
 

@@ -1,7 +1,7 @@
 """Arms of pictures without labels: `pseudo`, `pseudo+distil` and `unlabeled`."""
 
 import os
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from detectron2.config import CfgNode
 
@@ -22,6 +22,7 @@ class LabelFile(NamedTuple):
     path: str = ""
     folder: str = ""  # of its images
     said: str = ""  # by whom its boxes are, and how long that took
+    seconds: Optional[float] = None  # that took; None = unknown
 
 
 NO_LABELS = LabelFile()
@@ -50,7 +51,7 @@ def read_labels(path: str, arms: Sequence[str]) -> LabelFile:
     took = "an unknown time" if seconds is None else f"{seconds:.0f} s"
     said += f"; to make them took {took}, which is in no arm's step time."
     known = isinstance(folder, str)
-    return LabelFile(os.path.abspath(path), folder if known else "", one_line(said))
+    return LabelFile(os.path.abspath(path), folder if known else "", one_line(said), seconds)
 
 
 def label_changes(arm: str, cfg: CfgNode, labels: LabelFile) -> Dict[str, str]:

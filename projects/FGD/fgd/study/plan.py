@@ -9,15 +9,15 @@ from ..distillation.config import check_distiller, needs_teacher, teacher_name
 from ..distillation.lazy_teacher import is_lazy
 from ..errors import UserError
 from .arms import (
-    LONG,
-    PLAIN,
     SINGLE,
     STAGES,
     STUDENT,
     TEACHER,
+    TIMED,
+    base_arm,
     changes_of,
     check_arms,
-    main_arms,
+    is_plain,
     method_of,
     study_config,
 )
@@ -60,9 +60,9 @@ def plan(
     for arm in arms:
         if arm in (STAGES, SINGLE):
             continue
-        changes = {**changes_of(arm, cfg), **label_changes(arm, cfg, labels)}
+        changes = {**changes_of(arm, cfg), **label_changes(base_arm(arm), cfg, labels)}
         planned = {**opts, **changes}
-        own, needs = _options(arm, arms, config_file, cfg, planned, teaches, factors)
+        own, needs = _options(arm, config_file, cfg, planned, teaches, factors)
         balance = is_measured(arm, factors, opts)
         templates.append(Run(arm, 0, config_file, output, own, needs, balance=balance))
     runs = [
@@ -73,7 +73,7 @@ def plan(
     for seed in seeds:
         runs += chain(stages, seed, output) if STAGES in arms else []
         runs += [single(stages, seed, output)] if SINGLE in arms else []
-    order = {STUDENT: 1, LONG: 3}
+    order = {STUDENT: 1, **dict.fromkeys(TIMED, 3)}
     return [*teaches.runs, *sorted(runs, key=lambda run: order.get(run.arm, 2))]
 
 
@@ -125,7 +125,6 @@ def _check_timm_teacher(cfg: CfgNode, teacher: str, arms: Sequence[str]) -> None
 
 def _options(
     arm: str,
-    arms: Sequence[str],
     config_file: str,
     cfg: CfgNode,
     opts: Mapping[str, str],
@@ -138,9 +137,9 @@ def _options(
         opts: of the study, with what the arm changes.
     """
     own = dict(opts)
-    if arm in PLAIN:
+    if is_plain(arm):
         own["MODEL.META_ARCHITECTURE"] = cfg.MODEL.DISTILLER.STUDENT
-        return own, (STUDENT, *main_arms(arms, cfg)) if arm == LONG else ()
+        return own, teacher.needs if arm in TIMED else ()  # to time the arm that it teaches
     if arm in factors:
         own[KEY] = str(factors[arm])
     needs: Tuple[str, ...] = ()

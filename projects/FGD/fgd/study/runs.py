@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -16,7 +16,7 @@ from ..engine.results import RESULTS
 from ..errors import UserError
 from ..processes.with_parent import with_parent
 from . import budget
-from .arms import LONG, TEACHER
+from .arms import TEACHER, TIMED
 from .files import (
     CONSOLE,
     MINUTES,
@@ -74,7 +74,7 @@ class Runner:
     Args:
         runs: all of the study, in the order in which they are started.
         jobs: how many at a time. gpus: names to spread them over; [] = no GPU is assigned.
-        threads: OMP_NUM_THREADS of each.
+        threads: OMP_NUM_THREADS of each. label_seconds: of `budget.equal_time`.
     """
 
     def __init__(
@@ -85,9 +85,11 @@ class Runner:
         jobs: int = 1,
         threads: int = 1,
         gpus: Sequence[str] = (),
+        label_seconds: Optional[float] = None,
     ):
         self.runs, self.cfg, self.output = runs, cfg, output
         self.jobs, self.threads, self.gpus = jobs, threads, list(gpus)
+        self.label_seconds = label_seconds
         self.waiting: List[Run] = []
         self.running: List[Job] = []
         self.failures: List[Failure] = []
@@ -167,13 +169,13 @@ class Runner:
         the checkpoint that a validation set chose, if one is to choose.
 
         Raises:
-            UserError: nothing says how long `student-long` is; the teacher has no config; or the
+            UserError: the time of an arm cannot be measured; the teacher has no config; or the
                 training has chosen nothing.
         """
-        options = {"SEED": str(run.seed), "OUTPUT_DIR": str(run.folder), **run.opts}
-        if run.arm == LONG:
-            measured = budget.long_budget(self.runs, self.cfg, self.output)
-            options.update(budget.long_schedule(measured, self.cfg))
+        options = _options(run)
+        if run.arm in TIMED:
+            known = self._words(), self.cfg, self.output, self.threads, self.label_seconds
+            options.update(budget.schedule(budget.equal_time(run.arm, *known), self.cfg))
         words = [sys.executable, "-c", "from fgd.cli import main; raise SystemExit(main())"]
         if _is_to_be_chosen(run):
             if not os.path.exists(run.weights):
@@ -187,7 +189,15 @@ class Runner:
             words += ["--resume", *(["--balance"] if run.balance else [])]
             words += ["--starts-as", str(run.before[-1].folder / RESULTS)] if run.before else []
         words += ["--config-file", run.config_file]
-        return words + [word for pair in options.items() for word in pair]
+        return words + _pairs(options)
+
+    def _words(self) -> Dict[str, List[str]]:
+        """Arm → config file and options, for those that others have the time of."""
+        return {
+            run.arm: [run.config_file, *_pairs(_options(run))]
+            for run in reversed(self.runs)  # of several seeds the first
+            if run.arm not in (TEACHER, *TIMED)
+        }
 
     def _collect(self) -> None:
         """Wait a moment, then take what has ended."""
@@ -225,6 +235,14 @@ class Runner:
             _add_minutes(job)
             print(f"stopped: {job.run} (log: {job.run.folder / CONSOLE})", file=sys.stderr)
         self.running = []
+
+
+def _options(run: Run) -> Dict[str, str]:
+    return {"SEED": str(run.seed), "OUTPUT_DIR": str(run.folder), **run.opts}
+
+
+def _pairs(options: Dict[str, str]) -> List[str]:
+    return [word for pair in options.items() for word in pair]
 
 
 def _is_to_be_chosen(run: Run) -> bool:

@@ -6,9 +6,9 @@ from multiprocessing import active_children
 
 import pytest
 
-from fgd.bench import process
-from fgd.bench.process import ALLOCATORS, MALLOC, allocators, run_alone
 from fgd.errors import UserError
+from fgd.processes import alone
+from fgd.processes.alone import ALLOCATORS, MALLOC, allocators, run_alone
 
 
 def test_a_process_of_its_own_with_just_these_settings(monkeypatch):
@@ -37,8 +37,8 @@ def test_a_process_that_takes_too_long_is_killed():
 
 
 def test_settings_only_where_they_matter(monkeypatch):
-    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(alone.platform, "libc_ver", lambda: ("glibc", "2.36"))
     assert allocators("cpu") == ("default", "kept")
     assert allocators("cuda:0") == ("default",)
-    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(alone.platform, "libc_ver", lambda: ("", ""))
     assert allocators("cpu") == ("default",)

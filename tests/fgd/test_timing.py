@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fgd.bench import timing
-from fgd.bench.timing import Times, alternate, describe_machine, noise, ratio
+from fgd import timing
+from fgd.timing import Times, alternate, describe_machine, noise, ratio
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, under allocator settings that only a start can set."""
+"""A function in a process of its own, under allocator settings that only a start can set."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ def run_alone(
     Args:
         function, args: can be pickled, as can the result.
         allocator: in `ALLOCATORS`; settings of the caller's environment do not count.
-        limit: seconds after which the process is killed.
+        limit: seconds after which the process is killed, as it is on KeyboardInterrupt.
     Raises:
         concurrent.futures.TimeoutError: it was.
     """
@@ -45,7 +45,7 @@ def run_alone(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
                 return pool.submit(function, *args).result(limit)
-            except TimeoutError:
+            except (TimeoutError, KeyboardInterrupt):
                 for child in set(active_children()) - others:
                     child.kill()
                 raise
