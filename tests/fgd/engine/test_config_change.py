@@ -10,6 +10,7 @@ from fgd.engine.config_change import (
     START,
     bears_on,
     check_changes,
+    continuing_changes,
     result_changes,
     training_changes,
 )
@@ -35,7 +36,6 @@ ALTERING = {
     "rate": ("SOLVER.BASE_LR", 0.5),
     "size": ("INPUT.MIN_SIZE_TRAIN", (640,)),
     "data": ("DATASETS.TRAIN", ("other",)),
-    "weight": ("MODEL.DISTILLER.FGD.RELATION_WEIGHT", 1.0),
     "seed": ("SEED", 5),
     "average": ("SOLVER.EMA_DECAY", 0.9),
 }
@@ -53,6 +53,7 @@ HARMLESS = {
     "pictures": ("MODEL.DISTILLER.PICTURE_PERIOD", 7),
     "start": ("MODEL.WEIGHTS", "other.pth"),
     "longer": ("SOLVER.MAX_ITER", 90000),
+    "no distillation": ("MODEL.DISTILLER.FGD.RELATION_WEIGHT", 1.0),
 }
 
 
@@ -70,6 +71,19 @@ def test_what_does_not_is_only_said(case, caplog):
     caplog.set_level(logging.INFO, "fgd")
     assert check_changes(run(), run(HARMLESS[case]), allow=False) is False
     assert f"another config: {HARMLESS[case][0]}: " in caplog.text
+
+
+def test_of_a_distillation_the_keys_of_its_own_methods_count():
+    opts = ("MODEL.META_ARCHITECTURE", "Distiller", "MODEL.DISTILLER.METHOD", "PKD+NKD")
+    keys = ["MODEL.DISTILLER.FACTOR", "MODEL.DISTILLER.NKD.TEMPERATURE"]
+    other = "MODEL.DISTILLER.FGD.RELATION_WEIGHT"
+    changed = [word for key in (*keys, other) for word in (key, 3.0)]
+    before, now = run(opts), run((*opts, *changed))
+    altering, harmless = training_changes(before, now)
+    assert [x.partition(":")[0] for x in (*altering, *harmless)] == [*keys, other]
+    assert len(altering) == 2
+    for changes in (result_changes, continuing_changes):
+        assert list(changes(before["full_config"], now["full_config"])) == keys
 
 
 def test_the_same_config_is_no_change(caplog):

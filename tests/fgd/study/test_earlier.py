@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from fgd.data.contents import describe_sets
 from fgd.data.datasets import image_sets
 from fgd.errors import UserError
 from fgd.study.arms import study_config
-from fgd.study.earlier import check_finished, with_test_data
+from fgd.study.earlier import check_earlier, with_test_data
 from fgd.study.files import disbelieved, is_finished, was_given_factor, write_measured
 from fgd.study.plan import plan
 from fgd.weights import weights_sha256
@@ -23,17 +24,17 @@ TEACHER = {"MODEL.DISTILLER.TEACHER.WEIGHTS": "t.pth"}
 def test_finished_runs_of_another_config_are_refused(tmp_path):
     runs = plan(CONFIG, "", ["student"], [3], tmp_path, {})
     (run,) = runs
-    check_finished(runs)  # nothing is there
+    check_earlier(runs)  # nothing is there
     finish(run)
-    check_finished(runs)  # nothing says how it was trained
+    check_earlier(runs)  # nothing says how it was trained
     cfg = study_config(CONFIG, run.opts)
     cfg.SEED, cfg.OUTPUT_DIR = 3, "moved/since"
     (run.folder / "config.yaml").write_text(cfg.dump())
-    check_finished(runs)
+    check_earlier(runs)
     cfg.SOLVER.MAX_ITER = 7
     (run.folder / "config.yaml").write_text(cfg.dump())
     with pytest.raises(UserError, match="student, seed 3: .*SOLVER.MAX_ITER: 7 -> 600"):
-        check_finished(runs)
+        check_earlier(runs)
 
 
 def test_a_measured_factor_is_no_difference_and_a_given_one_is(tmp_path):
@@ -42,13 +43,13 @@ def test_a_measured_factor_is_no_difference_and_a_given_one_is(tmp_path):
     finish(run)
     cfg.SEED, cfg.OUTPUT_DIR, cfg.MODEL.DISTILLER.FACTOR = 3, str(run.folder), 0.37
     (run.folder / "config.yaml").write_text(cfg.dump())
-    check_finished([run])
+    check_earlier([run])
     for factor in (0.37, 0.5):
         (run,) = plan(CONFIG, "", ["FGD"], [3], tmp_path, TEACHER, {"FGD": factor})[1:]
         if factor == 0.37:
-            check_finished([run])
+            check_earlier([run])
     with pytest.raises(UserError, match="FGD, seed 3: .*DISTILLER.FACTOR: 0.37 -> 0.5"):
-        check_finished([run])
+        check_earlier([run])
 
 
 def test_a_run_that_was_given_its_factor_does_not_pass_for_measured(tmp_path):
@@ -58,14 +59,14 @@ def test_a_run_that_was_given_its_factor_does_not_pass_for_measured(tmp_path):
         for factors in ({"FGD": 0.5}, {})
     )
     write_measured(given)
-    check_finished([given])
+    check_earlier([given])
     with pytest.raises(UserError, match="FGD, seed 3: begun in .* with a given .*FACTOR, and now"):
-        check_finished([measured])
+        check_earlier([measured])
     write_measured(measured)  # what it began with stays
     assert was_given_factor(given)
     (tmp_path / "FGD_3" / "measured.json").unlink()
     write_measured(measured)
-    check_finished([measured])
+    check_earlier([measured])
     (arm,) = plan(CONFIG, "", ["distil"], [3], tmp_path, TEACHER)[1:]
     write_measured(arm)
     assert not arm.folder.exists()  # it has the config's, whatever that is
@@ -101,10 +102,68 @@ def test_what_a_resumed_run_may_change_is_no_other_study(tmp_path, key):
     cfg.merge_from_list([key, {**HARMLESS, **OTHER}[key]])
     (run.folder / "config.yaml").write_text(cfg.dump())
     if key in HARMLESS:
-        check_finished([run])
+        check_earlier([run])
         return
     with pytest.raises(UserError, match=f"student, seed 3: .*{key}: .* use another --output, or"):
-        check_finished([run])
+        check_earlier([run])
+
+
+@pytest.mark.parametrize(
+    ("arm", "finished", "key", "refused"),
+    [
+        ("student", True, "MODEL.DISTILLER.FACTOR", False),
+        ("student", False, "MODEL.DISTILLER.FGD.RELATION_WEIGHT", False),
+        ("student-long", True, "MODEL.DISTILLER.INHERIT", False),
+        ("FGD", True, "MODEL.DISTILLER.CROSSKD.REUSED_FROM", False),
+        ("FGD", False, "MODEL.DISTILLER.FGD.RELATION_WEIGHT", True),
+        ("FGD+PKD", True, "MODEL.DISTILLER.FGD.RELATION_WEIGHT", True),
+        ("inherit", True, "MODEL.DISTILLER.INHERIT", True),
+    ],
+)
+def test_a_key_that_cannot_affect_a_run_leaves_it_valid(tmp_path, arm, finished, key, refused):
+    arms = ["student", "FGD", arm] if arm == "student-long" else [arm]
+    run = next(x for x in plan(CONFIG, "", arms, [3], tmp_path, TEACHER) if x.arm == arm)
+    cfg = study_config(CONFIG, run.opts)
+    cfg.SEED = 3
+    before = cfg.MODEL.DISTILLER
+    for name in key.split(".")[2:-1]:
+        before = before[name]
+    name = key.rpartition(".")[2]
+    before[name] = not before[name] if name == "INHERIT" else before[name] + 2
+    write_checkpoint(run, cfg)
+    if finished:
+        finish(run)
+    if not refused:
+        return check_earlier([run])
+    way = "finished" if finished else "begun"
+    with pytest.raises(UserError, match=f"^{re.escape(str(run))}: {way} in .*{key}: .*; use anot"):
+        check_earlier([run])
+
+
+def test_a_run_that_cannot_go_on_is_refused_before_any_starts(tmp_path):
+    """What --resume goes on with is no reason: other periods, another evaluation or folder."""
+    (run,) = plan(CONFIG, "", ["student"], [3], tmp_path, {})
+    cfg = study_config(CONFIG, run.opts)
+    cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.OUTPUT_DIR = 3, 50, 7, "x"
+    cfg.MODEL.WEIGHTS, cfg.INPUT.MIN_SIZE_TEST = "start.pth", 64
+    write_checkpoint(run, cfg)
+    check_earlier([run])
+    cfg.SOLVER.BASE_LR = 0.5
+    (run.folder / "config.yaml").write_text(cfg.dump())
+    check_earlier([run])  # that attempt has left no checkpoint to go on from
+    write_checkpoint(run, cfg)
+    with pytest.raises(UserError) as error:
+        check_earlier([run])
+    assert str(error.value) == (
+        f"student, seed 3: begun in {run.folder} with another config (SOLVER.BASE_LR: 0.5 -> "
+        f"{study_config(CONFIG, {}).SOLVER.BASE_LR}); use another --output, or delete that folder"
+    )
+
+
+def write_checkpoint(run, cfg):
+    run.folder.mkdir(exist_ok=True)
+    torch.save({"full_config": cfg.dump()}, run.folder / "model_0000019.pth")
+    (run.folder / "last_checkpoint").write_text("model_0000019.pth")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from fgd import cli
 from fgd.errors import UserError
 from fgd.study.__main__ import main
 from fgd.study.arms import study_config
-from fgd.study.earlier import check_finished, with_test_data
+from fgd.study.earlier import check_earlier, with_test_data
 from fgd.study.files import disbelieved, is_finished, read_result
 from fgd.study.plan import plan
 from fgd.study.runs import Runner
@@ -81,11 +81,11 @@ def test_the_checkpoint_that_was_chosen_is_what_is_reported(
     assert row["iterations"] == 4 and row["chosen"] == [result["iteration"]]
     run = with_test_data([run], study_config(config_file, run.opts))[0]
     assert is_finished(run)
-    check_finished([run])
+    check_earlier([run])
     changed = run._replace(opts={**run.opts, "TEST.EVAL_PERIOD": "2"})
     with pytest.raises(UserError, match="another config .TEST.EVAL_PERIOD: 1 -> 2"):
-        check_finished([changed])
-    check_finished([changed.trained])  # whose results are of the last checkpoint
+        check_earlier([changed])
+    check_earlier([changed.trained])  # whose results are of the last checkpoint
     Image.new("RGB", (96, 64)).save(tmp_path / "valid" / "images" / "0.png")
     with pytest.raises(UserError, match="begun in .* with other validation data than are there"):
         with_test_data([run], study_config(config_file, run.opts))

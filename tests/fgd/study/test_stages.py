@@ -6,7 +6,7 @@ import pytest
 from fgd.errors import UserError
 from fgd.study.arms import study_config
 from fgd.study.comparisons import pairs
-from fgd.study.earlier import check_finished
+from fgd.study.earlier import check_earlier
 from fgd.study.facts import stage_facts
 from fgd.study.plan import plan, study_stages
 from fgd.study.report import stage_table
@@ -254,7 +254,7 @@ def test_a_study_that_was_moved_goes_on(files, tmp_path):
     (run.folder / "config.yaml").write_text(cfg.dump())
     (tmp_path / "old").rename(tmp_path / "new")
     moved = runs_of(files, ["stages"], tmp_path / "new", seeds=(0,))
-    check_finished(moved)
+    check_earlier(moved)
     with pytest.raises(UserError, match="stages, seed 0: .*IMS_PER_BATCH: 16 -> 8"):
         more = {"SOLVER.IMS_PER_BATCH": "8"}
-        check_finished(runs_of(files, ["stages"], tmp_path / "new", (0,), more)[-1:])
+        check_earlier(runs_of(files, ["stages"], tmp_path / "new", (0,), more)[-1:])

@@ -4,8 +4,9 @@ import logging
 import math
 from typing import Any, Dict, List, Tuple
 
-from ..config import get_fgd_cfg
+from ..config import META_ARCHITECTURE, get_fgd_cfg
 from ..errors import UserError
+from ..methods.method import METHOD_REGISTRY
 from ..yaml_config import leaves, parse_yaml
 
 # What a changed key bears on. None of these alters the weights of a resumed run; a study, which
@@ -48,6 +49,7 @@ HARMLESS = {
 # The same of training data: harmless where their content is known to be equal.
 TRAINING_DATA = ("DATASETS.TRAIN", "DATASETS.JSON.TRAIN", "DATASETS.JSON.TRAIN_IMAGES")
 
+_DISTILLER = "MODEL.DISTILLER."
 UNLABELED = "DATASETS.JSON.UNLABELED_IMAGES"
 
 logger = logging.getLogger(__name__)
@@ -144,15 +146,39 @@ def _is_harmless(key: str, new: Dict[str, Any]) -> bool:
         # cut short. A cosine is stretched, as is a distillation that fades out.
         steps = new.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR"
         return steps and new.get("MODEL.DISTILLER.SCHEDULE.DECAY", "none") == "none"
-    return bool(bears_on(key))
+    return bool(bears_on(key)) or _unused(key, new)
+
+
+def _unused(key: str, new: Dict[str, Any]) -> bool:
+    """Whether it is of a distillation, or of a method, that the config has not."""
+    if not key.startswith(_DISTILLER):
+        return False
+    if new.get("MODEL.META_ARCHITECTURE") != META_ARCHITECTURE:
+        return True
+    chosen = str(new.get(f"{_DISTILLER}METHOD")).split("+")
+    others = {name.upper() for name, _ in METHOD_REGISTRY if name not in chosen}
+    return key.removeprefix(_DISTILLER).partition(".")[0] in others
 
 
 def result_changes(before: str, now: str) -> Dict[str, str]:
     """Of `differences` those that bear on the results of a run that has ended."""
+    new = _parse(now)
     return {
         key: change
         for key, change in differences(before, now).items()
-        if key not in TRAINING_DATA and bears_on(key) not in (NOTHING, CONTENT)
+        if key not in TRAINING_DATA
+        and bears_on(key) not in (NOTHING, CONTENT)
+        and not _unused(key, new)
+    }
+
+
+def continuing_changes(before: str, now: str) -> Dict[str, str]:
+    """Of `differences` those with which a run cannot go on, whatever its data are."""
+    new = _parse(now)
+    return {
+        key: change
+        for key, change in differences(before, now).items()
+        if key not in (*TRAINING_DATA, UNLABELED) and not _is_harmless(key, new)
     }
 
 

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from ..config import load_config
 from ..data.contents import describe_sets
 from ..data.datasets import image_sets
-from ..engine.config_change import differences, result_changes
+from ..engine.config_change import continuing_changes, differences, result_changes
 from ..engine.results import BEST
 from ..engine.run_folder import recorded
 from ..errors import UserError
@@ -22,9 +22,10 @@ _CHOICE = ("TEST.EVAL_PERIOD", "SOLVER.KEEP_BEST")
 _WAYS_OUT = "use another --output, or delete that folder"
 
 
-def check_finished(runs: Sequence[Run]) -> None:
+def check_earlier(runs: Sequence[Run]) -> None:
     """Raise UserError if a run that is there already had another config than is now asked for.
 
+    Of one that has not finished it is what `--resume` would refuse, with ways out that a study has.
     Also if one that measures its factor now was given it then: its page would say otherwise.
     """
     for run in runs:
@@ -33,12 +34,13 @@ def check_finished(runs: Sequence[Run]) -> None:
                 f"{run}: begun in {run.folder} with a given {KEY}, and now it is to be measured; "
                 f"give it again (--factor), {_WAYS_OUT}"
             )
-        before = "" if run.eval_only or not has_results(run.trained) else _recorded_config(run)
+        finished = has_results(run.trained)
+        before = "" if run.eval_only else _recorded_config(run, finished)
         if not before:
             continue
         now = _config(run).dump()
-        changes = result_changes(before, now)
-        if run.select:  # among which checkpoints it was chosen, and by what
+        changes = (result_changes if finished else continuing_changes)(before, now)
+        if run.select and finished:  # among which checkpoints it was chosen, and by what
             changes |= {k: v for k, v in differences(before, now).items() if k in _CHOICE}
         if run.arm in TIMED:  # its schedule is in the study's own file
             changes = {k: v for k, v in changes.items() if not k.startswith("SOLVER.")}
@@ -48,16 +50,18 @@ def check_finished(runs: Sequence[Run]) -> None:
             changes.pop("MODEL.WEIGHTS", None)
         if changes:
             raise UserError(
-                f"{run}: finished in {run.folder} with another config "
+                f"{run}: {'finished' if finished else 'begun'} in {run.folder} with another config "
                 f"({'; '.join(changes.values())}); {_WAYS_OUT}"
             )
 
 
-def _recorded_config(run: Run) -> str:
-    """That of its checkpoint, without one that of config.yaml; "" if there is neither."""
+def _recorded_config(run: Run, finished: bool) -> str:
+    """That of its checkpoint; of a finished run without one that of config.yaml; "" if there is
+    none: what has no checkpoint starts anew.
+    """
     path = run.folder / "config.yaml"
     found = recorded(str(run.folder)).get("full_config", "")
-    return found or (path.read_text() if path.exists() else "")
+    return found or (path.read_text() if finished and path.exists() else "")
 
 
 def _config(run: Run) -> CfgNode:
