@@ -1,9 +1,16 @@
 import numpy as np
 import pytest
 
-from fgd.study.bootstrap import ALL, change, compare, replicates, resampled_sets
-from fgd.study.classes import changed_classes
-from fgd.study.comparisons import correct
+from fgd.study.bootstrap import (
+    ALL,
+    change,
+    compare,
+    replicates,
+    resampled_sets,
+    size_replicates,
+)
+from fgd.study.classes import changed_parts
+from fgd.study.comparisons import correct, holm
 from fgd.study.matches import index_truth, match
 
 IMAGES = 40
@@ -112,11 +119,56 @@ def test_a_class_that_one_model_loses_is_the_one_that_is_named():
             of_runs[arm, seed] = {ALL: values.mean(axis=0), **dict(zip(names, values, strict=True))}
     pairs = [("distil", "student"), ("student", "teacher"), ("distil", "teacher")]
     rows = correct({"bbox": compare(of_runs, pairs)})["bbox"]
-    counts = [changed_classes(rows, *pair) for pair in pairs]
+    counts = [changed_parts(rows, *pair) for pair in pairs]
     assert [str(x) for x in counts] == ["1 of 6 (−1)", "0 of 6", "1 of 6 (−1)"]
     assert counts[0].behind == counts[2].behind == ["class 2"]
     overall = [(row["arm"], row["against"]) for row in rows if row["class"] == ALL]
     assert overall == pairs[:1]  # that a teacher is better over all is no question
+
+
+def test_equal_models_differ_in_a_size_in_five_percent_of_studies():
+    """200 studies of three seeds, small, medium and large objects together, after Holm."""
+    random, false, naive = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        of_runs = {}
+        sets = random.normal(0, 0.3, (2, 3, 401))
+        sets[:, :, 0] = 0
+        for i, arm in enumerate(("distil", "student")):
+            luck = random.normal(0, 0.3, (3, 1))
+            for seed in range(3):
+                values = 50 + sets[i] + luck + random.normal(0, 1, (3, 1))
+                of_runs[arm, seed] = dict(zip(("small", "medium", "large"), values, strict=True))
+        rows = correct({"bbox": compare(of_runs, [("distil", "student")], "size")})["bbox"]
+        counted = changed_parts(rows, "distil", "student")
+        false += bool(counted.ahead or counted.behind)
+        naive += any(row["p"] <= 0.05 for row in rows)
+    assert false <= 17  # 5 % are 10 ± 3; beyond this with a chance of 1 %
+    assert naive > false
+
+
+def test_a_size_that_one_model_loses_is_the_one_that_is_named(sets):
+    """Small objects are found by both, medium ones by the student alone; none is large."""
+    truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "medium"}]}
+    random, found = np.random.default_rng(0), {"student": [], "distil": []}
+    for i in range(1, IMAGES + 1):
+        truth["images"].append({"id": i, "width": 99, "height": 99})
+        for k, side in enumerate((20, 40)):
+            box, number = [50 * k, 0, side, side], 2 * i + k
+            fields = {"id": number, "image_id": i, "category_id": 1, "iscrowd": 0}
+            truth["annotations"].append({**fields, "bbox": box, "area": side**2})
+            for arm, entries in found.items():
+                if random.random() < (0.2 if (arm, k) == ("distil", 1) else 0.8):
+                    score = float(random.random())
+                    entries.append({"image_id": i, "category_id": 1, "bbox": box, "score": score})
+    index = index_truth(truth)
+    of_runs = {
+        (arm, 0): size_replicates(match(index, entries, "bbox"), sets)
+        for arm, entries in found.items()
+    }
+    rows = correct({"bbox": compare(of_runs, [("distil", "student")], "size")})["bbox"]
+    counted = changed_parts(rows, "distil", "student")
+    assert counted == ([], ["medium"], 2) and str(counted) == "1 of 2 (−1)"
+    assert [row["corrected"] for row in rows[:2]] == holm([row["p"] for row in rows[:2]])
 
 
 def test_sets_without_the_class_do_not_count():

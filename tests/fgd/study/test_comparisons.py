@@ -75,7 +75,9 @@ def test_all_classes_of_boxes_and_masks_are_one_family():
     assert of_boxes[:3] == [0.02, 0.002, 0.03] and of_boxes[4] == 0.001  # pairs apart
     assert math.isnan(of_boxes[3])
     assert found["segm"][0]["corrected"] == 0.02 and math.isnan(found["segm"][1]["corrected"])
-    assert number_of_tests(changes) == (2, 2) and number_of_tests({}) == (0, 0)
+    assert number_of_tests(changes, {}) == (2, 2)
+    three = {"bbox": [{**row(0.1), "class": None, "size": x} for x in "sml"]}
+    assert number_of_tests(changes, three) == (2, 3) and number_of_tests({}, {}) == (0, 0)
     assert "corrected" not in changes["bbox"][0] and correct({}) == {}
 
 

@@ -120,7 +120,9 @@ def check_page(folder, study):
     ):
         assert text in page
     page = (folder / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # AP, losses, attention on two images
+    assert page.count("data:image/png;base64,") == 5  # AP, images, losses, attention on two images
+    assert "<p>Nothing can be said yet: no arm has been tested against student.</p>" in page
+    assert "model_final_onnx/model.onnx --dataset" in page
 
 
 def check_losses(folder, words):
@@ -129,6 +131,7 @@ def check_losses(folder, words):
     (folder / "FGD_0" / "model_final.pth").unlink()
     assert main([*words, "--report"]) == 0
     missing = json.loads((folder / "study.json").read_text())["missing"]
-    assert missing[0] == "inherit, seed 0: not run" and len(missing) == 3
+    assert missing[0] == "inherit, seed 0: not run" and len(missing) == 4
     assert missing[1].startswith("Changes between arms are not tested: FGD, seed 0: ")
-    assert missing[2].startswith("Distilled maps are not shown: ") and "model_final" in missing[2]
+    assert missing[2].startswith("Detections are not shown: FGD, seed 0: ")
+    assert missing[3].startswith("Distilled maps are not shown: ") and "model_final" in missing[3]

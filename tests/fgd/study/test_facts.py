@@ -44,7 +44,7 @@ def test_it_names_the_arms_that_measured_their_factor():
 def test_it_says_when_there_are_too_many_comparisons_to_show_anything():
     (text,) = how_tested(1000, 25)  # 25 x 2/1001 is just below 0.05
     assert "over the 25 comparisons of all classes" in text and "at least 0.002." in text
-    assert "for single classes over those of the two arms" in text
+    assert "for single classes or sizes over those of the two arms" in text
     assert how_tested(1000, 2, 26)[1] == how_tested(1000, 26)[1]  # the larger number counts
     _, warning = how_tested(1000, 26)
     assert "at least 0.0519" in warning and "--resamples 1039 or more" in warning

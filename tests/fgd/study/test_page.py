@@ -2,7 +2,9 @@ import html
 import io
 import re
 
-from fgd.study.classes import class_table
+import pytest
+
+from fgd.study.classes import part_table
 from fgd.study.page import html_page, markdown
 from fgd.study.pictures import ap_figure
 from fgd.study.report import (
@@ -15,6 +17,7 @@ from fgd.study.report import (
     ranked_table,
     sections,
     summary_table,
+    training_table,
 )
 from fgd_inputs.names import one_line
 
@@ -37,14 +40,9 @@ def change(arm, against, name="all classes", p=0.04, corrected=None, difference=
 def study(**more):
     distil = row("distil", 25.4, 0.8, [0.5, 0.5], bbox=SPREAD, segm=SPREAD)
     rows = [row("student", bbox=SPREAD), distil]
-    empty = {
-        "facts": ["some facts"],
-        "missing": [],
-        "arms": rows,
-        "changes": {},
-        "stages": [],
-        "test": ["a test"],
-    }
+    empty = {"headline": ["It pays."], "facts": ["some facts"], "missing": [], "arms": rows}
+    empty |= {"changes": {}, "sizes": {}, "stages": [], "test": ["a test"]}
+    empty["latency"] = {"points": [], "text": ["not timed"]}
     return {**empty, **more}
 
 
@@ -55,20 +53,26 @@ def test_numbers():
     assert mean_and_sd({"mean": 3.0, "sd": None}) == "3.0"
 
 
-def test_summary_table():
+def test_summary_table_has_no_column_without_a_figure():
     head, student, distil = summary_table(study()["arms"], "bbox")
-    assert head == [*("arm", "AP", "APs", "gap closed, %"), *head[4:]]
-    assert student[:4] == ["student", "11.0 ± 1.2", "–", "–"]
-    assert head[-4:] == ["factor", "iterations", "minutes each", "step time"]
-    assert distil[3:] == ["25", "10.0 12.0", "0.5", "600", "2.5", "1.60"]
-    assert student[5:] == ["–", "600", "2.5", "1.00"]
+    assert head == ["arm", "AP", "gap closed, %", "AP of each seed"]  # nothing has an APs
+    assert student == ["student", "11.0 ± 1.2", "–", "10.0 12.0"]
+    assert distil == ["distil", "11.0 ± 1.2", "25", "10.0 12.0"]
     assert [line[0] for line in summary_table(study()["arms"], "segm")] == ["arm", "distil"]
     (alone,) = {tuple(summary_table([row(x, bbox=SPREAD)], "bbox")[0]) for x in ("inherit", "PKD")}
-    assert not {"gap closed, %", "factor", "step time"} & set(alone)
-    unknown = summary_table(
-        [row("student", bbox=SPREAD), row("PKD", None, None, bbox=SPREAD)], "bbox"
-    )
+    assert "gap closed, %" not in alone
+
+
+def test_training_table():
+    assert training_table(study()["arms"]) == [
+        ["arm", "seeds", "iterations", "minutes each", "step time", "factor"],
+        ["student", "0 1", "600", "2.5", "1.00", "–"],
+        ["distil", "0 1", "600", "2.5", "1.60", "0.5"],
+    ]
+    unknown = training_table([row("student"), row("PKD", None, None)])
+    assert unknown[0][-1] == "step time"
     assert unknown[2][-1] == "–"  # nothing says how long its steps take
+    assert training_table([row("PKD", factors=[0.5])])[0][-2:] == ["minutes each", "factor"]
 
 
 def test_factors_of_seeds():
@@ -84,6 +88,9 @@ def test_change_table():
         ["cat", "+3.50", "-0.25 … +7.00", "not told apart", "0.040", "0.080"],
         ["dog", "–", "– … –", "–", "–", "–"],
     ]
+    small = {**change("a", "b"), "size": "small"}
+    del small["class"]
+    assert change_table([small])[1][0] == "small objects"
 
 
 def test_comparison_table():
@@ -114,17 +121,30 @@ def test_ranked_table_says_what_is_told_apart_and_no_more():
     ]
 
 
+def sized(name, **more):
+    found = {**change("a", "b", **more), "size": name}
+    del found["class"]
+    return found
+
+
 def test_sections_tell_all_and_name_what_is_missing(tmp_path):
     changes = {"bbox": [change("a", "b"), change("a", "b", "cat"), change("c", "b")]}
-    pictures = {"Losses": tmp_path / "losses.png"}
-    found = sections(study(changes=changes, missing=["FAILED: x"]), pictures)
+    nan = float("nan")
+    sizes = {"bbox": [sized("small"), sized("large", p=nan, difference=nan)]}
+    pictures = {"Losses": tmp_path / "losses.png", "Test images": tmp_path / "examples.png"}
+    pictures["AP of each seed"] = tmp_path / "ap.png"
+    found = sections(study(changes=changes, sizes=sizes, missing=["FAILED: x"]), pictures)
     assert [section.title for section in found] == [
-        *("Study", "Missing", "AP, boxes", "AP, masks", "Ranked by AP, boxes"),
+        *("Does distillation pay?", "Test images", "AP against latency", "Missing"),
+        *("How it was compared", "Ranked by AP, boxes", "AP, boxes", "AP, masks", "Training"),
         *("Comparisons of all classes, boxes", "a against b, boxes", "Losses"),
     ]
-    assert found[1].text == ["FAILED: x"]
-    assert found[5].text == ["a test"] and len(found[5].table) == 3
-    assert len(found[6].table) == 3 and found[6].text[0].startswith("Mean over seeds 0, 1.")
+    assert found[0].text == ["It pays."] and found[0].picture == tmp_path / "ap.png"
+    assert found[2].text == ["not timed"] and found[3].text == ["FAILED: x"]
+    assert found[9].text == ["a test"] and len(found[9].table) == 3
+    pair = found[10]
+    assert [x[0] for x in pair.table] == ["class", "all classes", "cat", "small objects"]
+    assert pair.folded and pair.text[0].startswith("Mean over seeds 0, 1.")
     both = sections(study(changes={"bbox": [change("a", "b")], "segm": [change("a", "b")]}), {})
     told = [section.text for section in both if section.title.startswith("Comparisons")]
     assert told == [["a test"], ()]  # the test is explained once
@@ -148,12 +168,37 @@ def test_classes_and_sizes_of_teacher_student_and_arm():
         change("PKD", "teacher", "cat", difference=-2.0),
         change("PKD", "teacher", "dog", difference=-3.0),
     ]
-    assert class_table(rows, compared, "bbox")[1:] == [
-        ["teacher", "–", "–", "cat 60.0", "dog 40.0", "20.0", "20.0"],
-        ["student", "–", "–", "cat 30.0", "dog 10.0", "20.0", "20.5"],
-        ["PKD", "1 of 2 (+1)", "2 of 2 (−2)", "cat 50.0", "dog 35.0", "15.0", "10.0"],
+    assert part_table(rows, compared, "bbox", "class")[1:] == [
+        ["teacher", "–", "–", "cat 60.0", "dog 40.0", "20.0"],
+        ["student", "–", "–", "cat 30.0", "dog 10.0", "20.0"],
+        ["PKD", "1 of 2 (+1)", "2 of 2 (−2)", "cat 50.0", "dog 35.0", "15.0"],
     ]
-    assert class_table([row("student", bbox=SPREAD)], [], "bbox") == []  # one class
+    of_sizes = [{**sized("small"), "arm": "PKD", "against": "student"}]
+    assert part_table(rows, of_sizes, "bbox", "size") == [
+        ["arm", "differs from student (#SC)", "differs from teacher (#TC)"]
+        + ["best size", "worst size", "gap"],
+        ["teacher", "–", "–", "large 50.0", "small 30.0", "20.0"],
+        ["student", "–", "–", "large 25.5", "small 5.0", "20.5"],
+        ["PKD", "1 of 1 (+1)", "–", "large 30.0", "small 20.0", "10.0"],
+    ]
+    one = [row("student", bbox=SPREAD)]
+    assert part_table(one, [], "bbox", "class") == part_table(one, [], "bbox", "size") == []
+
+
+def test_a_teacher_far_above_does_not_press_the_students_together():
+    def limits(teacher):
+        arms = [row(x, bbox={"each": y, "mean": y[0]}) for x, y in (("a", [10, 12]), ("b", [20]))]
+        arms.append(row("teacher", bbox={"each": [teacher], "mean": teacher}))
+        (axis,) = ap_figure(arms).axes
+        return axis.get_xlim(), [x.get_text() for x in (*axis.get_yticklabels(), *axis.texts)]
+
+    (low, high), texts = limits(70.0)
+    assert (low, high) == pytest.approx((9.2, 20.8)) and texts == ["teacher", "b", "a", "70.0 →"]
+    (low, high), texts = limits(25.0)  # half their spread above the best
+    assert (low, high) == pytest.approx((8.8, 26.2)) and texts == ["teacher", "b", "a"]
+    masks = [row("a", bbox=SPREAD, segm=SPREAD)]
+    assert [x.get_xlabel() for x in ap_figure(masks).axes] == ["AP, boxes", "AP, masks"]
+    ap_figure([row("a", bbox=NOTHING)])
 
 
 def test_markdown_links_pictures_and_keeps_cells_apart(tmp_path):
@@ -189,11 +234,13 @@ def test_html_needs_nothing_else(tmp_path):
     page = html_page(
         [
             Section("A <b> & c", ["1 < 2"]),
-            Section("T", table=[["class", "n"], ["<i>", "1"]]),
+            Section("T", table=[["class", "n"], ["<i>", "1"]], folded=True),
             Section("P", picture=tmp_path / "p.png"),
         ]
     )
     assert "A &lt;b&gt; &amp; c" in page and "<td>&lt;i&gt;</td>" in page and "1 &lt; 2" in page
     assert "<th>class</th>" in page and page.count("<tr>") == 2
+    assert "<details><summary>T</summary><div><table>" in page and "<h2>T" not in page
+    assert "white-space: nowrap" in page
     assert re.findall(r'(?:src|href)="([^"]{0,22})', page) == ["data:image/png;base64,"]
     assert "://" not in page and "<script" not in page

@@ -185,9 +185,12 @@ def test_a_stop_lets_the_running_ones_save(tmp_path, number, capfd):
 
 
 def test_a_run_that_was_stopped_has_not_failed(tmp_path):
-    scripts = {"student, seed 0": "print('saved'); raise SystemExit(75)"}
+    scripts = {"student, seed 0": "print('saved; --resume goes on'); raise SystemExit(75)"}
     (failure,) = make(tmp_path, ["student"], scripts=scripts).run_all()
-    assert failure.stopped and str(failure).startswith("stopped: student, seed 0: exit code 75")
+    assert failure.stopped and str(failure).startswith(
+        "stopped: student, seed 0: exit code 75: saved; --resume goes on (in a study: call the "
+        "study again: it goes on with the run) (log: "
+    )
 
 
 def test_minutes_add_up_over_attempts(tmp_path):

@@ -86,7 +86,7 @@ def test_damaged_files_are_named(report, capsys, monkeypatch, file, content, cod
     assert f"study/student_0/{file} {message}" in told
 
 
-ORDER = ("study.json", "study.md", "study.html", "ap.png", "losses.png")
+ORDER = ("study.json", "study.md", "study.html", "ap.png", "losses.png", "examples.png")
 
 
 @pytest.mark.parametrize("full_at", ["study.html", "losses.png"])
@@ -117,4 +117,4 @@ def test_on_a_full_disk_text_comes_first_and_each_file_is_whole(
     assert report() == 0
     assert {x.name for x in Path("study").iterdir() if x.is_file()} == set(ORDER)
     page = Path("study/study.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and page.endswith("</html>\n")
+    assert page.count("data:image/png;base64,") == 3 and page.endswith("</html>\n")

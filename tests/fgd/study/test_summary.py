@@ -85,13 +85,17 @@ def evaluated(tmp_path):
 
 def test_changes_come_from_the_saved_detections(evaluated):
     runs, cfg = evaluated
-    (rows,) = changes(runs, cfg, 200).values()
+    (rows,) = changes(runs, cfg, 200).classes.values()
     (pair,) = [(r["arm"], r["against"], r["class"]) for r in rows]  # one class is all of them
     assert rows[0]["corrected"] == rows[0]["p"]  # the only comparison
     assert pair == ("inherit+distil", "student", ALL)
     assert rows[0]["difference"] == pytest.approx(100 * 70 / 101)
     assert 20 < rows[0]["low"] < rows[0]["high"] <= 100 and rows[0]["p"] < 0.02
-    assert changes(runs, cfg, 200)["bbox"] == rows  # the same draws
+    assert changes(runs, cfg, 200).classes["bbox"] == rows  # the same draws
+    small, *others = changes(runs, cfg, 200).sizes["bbox"]  # all objects are small
+    assert {**small, "class": ALL} == {**rows[0], "size": "small"}
+    assert [row["size"] for row in others] == ["medium", "large"]
+    assert all(np.isnan(row["p"]) and np.isnan(row["corrected"]) for row in others)
 
 
 def test_detections_of_another_evaluation_are_refused(evaluated):
@@ -107,5 +111,5 @@ def test_detections_of_another_evaluation_are_refused(evaluated):
 
 def test_one_arm_alone_is_compared_with_nothing(evaluated):
     runs, cfg = evaluated
-    assert changes(runs[:2], cfg, 10) == {}
+    assert changes(runs[:2], cfg, 10) == ({}, {})
     assert np.isfinite(summarize(runs)[0]["bbox"]["AP"]["mean"])

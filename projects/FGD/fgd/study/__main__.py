@@ -48,11 +48,13 @@ from ..files import check_output_dir, remove_stale_temporaries
 from . import budget
 from .arms import ARMS, SINGLE, STAGES, TIMED, main_arms, study_config
 from .comparisons import number_of_tests
-from .earlier import check_finished, with_test_data
+from .earlier import check_earlier, with_test_data
 from .factors import given_factors
 from .facts import facts, how_tested
 from .files import disbelieved, is_finished, no_ap, write_json, write_text
+from .headline import best_arms, headline
 from .labels import read_labels
+from .latency import latency
 from .page import html_page, markdown
 from .pictures import draw
 from .plan import plan, study_stages
@@ -61,7 +63,7 @@ from .run import Run
 from .runs import Failure, Runner, gpus
 from .select import keeping_best, selected
 from .stages import Stage, not_inheriting, stage_rows, wrong_starts
-from .summary import changes, summarize
+from .summary import Changes, changes, summarize
 
 STOPPED = 75  # by a signal; call again
 
@@ -152,7 +154,7 @@ def _study(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels, arms)
     runs = plan(*planned, factors=factors, stages=stages, labels=labels)
     runs = selected(runs) if args.select == "best" else runs
-    check_finished(runs)
+    check_earlier(runs)
     runs = with_test_data(runs, cfg)
     for line in not_inheriting(stages):
         print(line, flush=True)
@@ -183,10 +185,12 @@ def report(
         UserError: a file cannot be written. Those before it are whole.
     """
     study = collect(args, runs, cfg, failures, stages)
-    print(markdown(sections(study, {}), one_line), flush=True)
+    shown = [section for section in sections(study, {}) if not section.folded]
+    print(markdown(shown, one_line), flush=True)
     _write(args.output, study, {})
-    shown = [*main_arms(args.arms.split(","), cfg), STAGES, SINGLE]
-    pictures, not_drawn = draw(runs, study["arms"], shown, args.output)
+    distilled = main_arms(args.arms.split(","), cfg)
+    shown = [*best_arms(study["changes"], distilled), *distilled, STAGES, SINGLE]
+    pictures, not_drawn = draw(runs, study, shown, cfg, args.output)
     study["missing"] += not_drawn
     for line in not_drawn:
         print(line)
@@ -208,7 +212,7 @@ def collect(
     failures: Sequence[Failure],
     stages: Sequence[Stage] = (),
 ) -> Dict[str, Any]:
-    """All that the pages say: facts, missing, arms, budget, stages, changes and test."""
+    """All that the pages say, part by part."""
     arms = args.arms.split(",")
     failed = {str(failure.run): str(failure) for failure in failures}
     missing = [
@@ -218,25 +222,29 @@ def collect(
     ]
     missing += [line for run in runs if is_finished(run) for line in no_ap(run)]
     missing += wrong_starts(runs)
-    changed = {}
+    changed = Changes()
     try:
         changed = changes(runs, cfg, args.resamples)
     except UserError as error:
         missing.append(f"Changes between arms are not tested: {error}")
-    rows = summarize(runs)
+    rows, left = summarize(runs), sum(not is_finished(run) for run in runs)
     measured = {
         arm: settled
         for arm in (row["arm"] for row in rows)
         if arm in TIMED and (settled := budget.read_budget(arm, cfg, args.output))
     }
     return {
+        "headline": headline(rows, changed.classes, main_arms(arms, cfg), measured)
+        + ([f"{left} of {len(runs)} runs are missing."] if left else []),
         "facts": facts(args, runs, cfg, measured, stages, read_labels(args.labels, arms)),
         "missing": missing,
         "arms": rows,
         "budget": measured,
         "stages": stage_rows(runs, stages) if STAGES in arms else [],
-        "changes": changed,
-        "test": how_tested(args.resamples, *number_of_tests(changed)),
+        "changes": changed.classes,
+        "sizes": changed.sizes,
+        "latency": latency(runs, rows, cfg),
+        "test": how_tested(args.resamples, *number_of_tests(*changed)),
     }
 
 

@@ -32,9 +32,14 @@ def resampled_sets(images: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 def replicates(matches: Matches, sets: np.ndarray) -> Dict[str, np.ndarray]:
     """AP in percent on every set, (1 + resamples,), of all classes and, if several, of each."""
-    per_class = average_precision(matches, sets)
+    per_class = average_precision(matches.classes, sets)
     named = dict(zip(matches.classes, per_class.T, strict=True))
     return {ALL: overall(per_class), **(named if len(named) > 1 else {})}
+
+
+def size_replicates(matches: Matches, sets: np.ndarray) -> Dict[str, np.ndarray]:
+    """As `replicates`, of the objects of each size: COCO's APs, APm and APl."""
+    return {name: overall(average_precision(x, sets)) for name, x in matches.sizes.items()}
 
 
 def change(arm: Sequence[np.ndarray], against: Sequence[np.ndarray]) -> Change:
@@ -72,7 +77,9 @@ def change(arm: Sequence[np.ndarray], against: Sequence[np.ndarray]) -> Change:
 
 
 def compare(
-    of_runs: Dict[Tuple[str, int], Dict[str, np.ndarray]], pairs: Sequence[Tuple[str, str]]
+    of_runs: Dict[Tuple[str, int], Dict[str, np.ndarray]],
+    pairs: Sequence[Tuple[str, str]],
+    part: str = "class",
 ) -> List[dict]:
     """One row per pair of arms and class: {"arm", "against", "class", "seeds", and `Change`'s}.
 
@@ -80,6 +87,7 @@ def compare(
         of_runs: (arm, seed) → `replicates`. pairs: (arm, against); what shares no seed is left
             out. The one teacher is compared with every seed, class by class: that it is better
             over all is no question.
+        part: "size" of `size_replicates`, which then is the key of a row in place of "class".
     """
     rows = []
     for arm, against in pairs:
@@ -92,6 +100,6 @@ def compare(
             found = change(
                 [of_runs[arm, s][name] for s in seeds], [of_runs[other[s]][name] for s in seeds]
             )
-            row = {"arm": arm, "against": against, "class": name, "seeds": seeds}
+            row = {"arm": arm, "against": against, part: name, "seeds": seeds}
             rows.append({**row, **found._asdict()})
     return rows

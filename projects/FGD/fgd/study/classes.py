@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .arms import STUDENT, TEACHER
 from .bootstrap import ALL
-from .comparisons import AHEAD, BEHIND, verdict
+from .comparisons import AHEAD, BEHIND, SAME, verdict
 
 _PREFIX = "AP-"
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
@@ -36,19 +36,17 @@ def gap(values: Dict[str, Optional[float]]) -> Optional[Gap]:
     return Gap((best, known[best]), (worst, known[worst]))
 
 
-def class_gap(metrics: Dict[str, Any]) -> Optional[Gap]:
-    """Of the classes of one row of `summarize`, one kind."""
-    named = {k.removeprefix(_PREFIX): v for k, v in metrics.items() if k.startswith(_PREFIX)}
+def part_gap(metrics: Dict[str, Any], part: str) -> Optional[Gap]:
+    """Of the classes or sizes of one row of `summarize`, one kind."""
+    if part == "size":
+        named = {text: metrics[key] for key, text in SIZES.items() if key in metrics}
+    else:
+        named = {k.removeprefix(_PREFIX): v for k, v in metrics.items() if k.startswith(_PREFIX)}
     return gap({name: spread["mean"] for name, spread in named.items()})
 
 
-def size_gap(metrics: Dict[str, Any]) -> Optional[Gap]:
-    """As `class_gap` of COCO's small, medium and large objects."""
-    return gap({text: metrics[key]["mean"] for key, text in SIZES.items() if key in metrics})
-
-
 class Changed(NamedTuple):
-    """Classes in which an arm is ahead of or behind another one, of how many."""
+    """Classes or sizes in which an arm is ahead of or behind another one, of how many."""
 
     ahead: List[str]
     behind: List[str]
@@ -60,37 +58,43 @@ class Changed(NamedTuple):
         return f"{count} ({', '.join(signs)})" if signs else count
 
 
-def changed_classes(compared: Sequence[dict], arm: str, against: str) -> Optional[Changed]:
-    """#SC or #TC from the rows of `comparisons.correct`; None where the pair was not tested."""
-    rows = [r for r in compared if (r["arm"], r["against"]) == (arm, against) and r["class"] != ALL]
-    if not rows:
+def changed_parts(compared: Sequence[dict], arm: str, against: str) -> Optional[Changed]:
+    """#SC or #TC from the rows of `comparisons.correct`; None where the pair was not tested.
+
+    Classes and sizes without a true object are not counted.
+    """
+    rows = [r for r in compared if (r["arm"], r["against"]) == (arm, against)]
+    named = {r.get("size") or r["class"]: verdict(r) for r in rows if r.get("class") != ALL}
+    found = {way: [name for name, x in named.items() if x == way] for way in (AHEAD, BEHIND, SAME)}
+    if not any(found.values()):
         return None
-    found = {way: [r["class"] for r in rows if verdict(r) == way] for way in (AHEAD, BEHIND)}
-    return Changed(found[AHEAD], found[BEHIND], len(rows))
+    return Changed(found[AHEAD], found[BEHIND], sum(map(len, found.values())))
 
 
-def class_table(rows: Sequence[dict], compared: Sequence[dict], kind: str) -> List[List[str]]:
-    """One line per arm; [] where there is one class only.
+def part_table(
+    rows: Sequence[dict], compared: Sequence[dict], kind: str, part: str
+) -> List[List[str]]:
+    """One line per arm; [] where there is one class, or objects of one size, only.
 
     Args:
-        rows: of `summarize`. compared: all changes of this kind.
+        rows: of `summarize`. compared: all changes of this kind, of classes or of sizes.
+        part: "class" or "size".
     """
-    rows = [row for row in rows if kind in row and class_gap(row[kind])]
+    rows = [row for row in rows if kind in row and part_gap(row[kind], part)]
     columns = [f"differs from {STUDENT} (#SC)", f"differs from {TEACHER} (#TC)"]
-    columns += ["best class", "worst class", "gap", "gap of sizes"]
+    columns += [f"best {part}", f"worst {part}", "gap"]
     lines = []
     for row in rows:
-        counts = [changed_classes(compared, row["arm"], x) for x in (STUDENT, TEACHER)]
-        classes, sizes = class_gap(row[kind]), size_gap(row[kind])
-        ends = [f"{name} {value:.1f}" for name, value in classes]
-        gaps = [f"{x.size:.1f}" if x else "–" for x in (classes, sizes)]
-        lines.append([row["arm"], *(str(x or "–") for x in counts), *ends, *gaps])
+        counts = [changed_parts(compared, row["arm"], x) for x in (STUDENT, TEACHER)]
+        found = part_gap(row[kind], part)
+        ends = [f"{name} {value:.1f}" for name, value in found]
+        lines.append([row["arm"], *(str(x or "–") for x in counts), *ends, f"{found.size:.1f}"])
     return [["arm", *columns], *lines] if lines else []
 
 
-CLASS_TEXT = (
-    "Classes by AP. #SC: in how many an arm differs from the student alone, #TC: from the teacher, "
-    "+ ahead and − behind, at a p of at most 0.05 after Holm's correction over the classes of the "
-    "pair. Gap: AP of the best class minus that of the worst, means over the seeds. Gap of sizes: "
-    "the same of small, medium and large objects.",
+PART_TEXT = (
+    "By AP. #SC: in how many classes or sizes an arm differs from the student alone, #TC: from the "
+    "teacher, + ahead and − behind, at a p of at most 0.05 after Holm's correction over the "
+    "classes or sizes of the pair. Gap: AP of the best minus that of the worst, means over the "
+    "seeds. Small objects have less than 32² pixels, large ones more than 96², as in COCO.",
 )

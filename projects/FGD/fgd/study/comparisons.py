@@ -65,11 +65,13 @@ def holm(ps: Sequence[float]) -> List[float]:
 
 
 def _families(changes: Dict[str, List[dict]]) -> Dict[tuple, List[dict]]:
-    """What is corrected together: () → rows of all classes; (kind, arm, against) → its classes."""
+    """What is corrected together: () → rows of all classes; (kind, arm, against) → its classes,
+    or its sizes.
+    """
     families: Dict[tuple, List[dict]] = defaultdict(list)
     for kind, compared in changes.items():
         for row in compared:
-            pair = () if row["class"] == ALL else (kind, row["arm"], row["against"])
+            pair = () if row.get("class") == ALL else (kind, row["arm"], row["against"])
             families[pair].append(row)
     return families
 
@@ -78,7 +80,7 @@ def correct(changes: Dict[str, List[dict]]) -> Dict[str, List[dict]]:
     """The rows of every kind with "corrected": p by `holm` over their family.
 
     Rows of all classes are one family, boxes and masks together, because a page claims something of
-    both. The single classes of a pair of arms, boxes or masks, are another one.
+    both. The single classes of a pair of arms, boxes or masks, are another one, as are its sizes.
     """
     values: Dict[int, float] = {}
     for rows in _families(changes).values():
@@ -89,12 +91,14 @@ def correct(changes: Dict[str, List[dict]]) -> Dict[str, List[dict]]:
     }
 
 
-def number_of_tests(changes: Dict[str, List[dict]]) -> Tuple[int, int]:
-    """How many p values `correct` corrects for: of all classes, and of single ones at most."""
-    counts = {
-        family: sum(not math.isnan(row["p"]) for row in rows)
-        for family, rows in _families(changes).items()
-    }
+def number_of_tests(
+    classes: Dict[str, List[dict]], sizes: Dict[str, List[dict]]
+) -> Tuple[int, int]:
+    """How many p values `correct` corrects for: of all classes, and of single parts at most."""
+    counts: Dict[tuple, int] = defaultdict(int)
+    for changes in (classes, sizes):
+        for family, rows in _families(changes).items():
+            counts[family] = max(counts[family], sum(not math.isnan(row["p"]) for row in rows))
     return counts.pop((), 0), max(counts.values(), default=0)
 
 

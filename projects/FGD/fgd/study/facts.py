@@ -106,8 +106,8 @@ def how_tested(resamples: int, overall: int, classes: int = 0) -> List[str]:
     """How changes were tested.
 
     Args:
-        overall: how many p values of all classes are corrected for. classes: of single ones, at
-            most, in one pair of arms.
+        overall: how many p values of all classes are corrected for. classes: of single ones, or
+            of sizes, at most, in one pair of arms.
     """
     smallest, tests = 2 / (1 + resamples), max(overall, classes)
     lines = [
@@ -116,7 +116,7 @@ def how_tested(resamples: int, overall: int, classes: int = 0) -> List[str]:
         "t); with one seed the test covers images alone. "
         f"p is two-sided, at least {smallest:.3g}. The corrected p is Holm's over the {overall} "
         "comparisons of all classes on this page, boxes and masks together, and for single classes "
-        "over those of the two arms."
+        "or sizes over those of the two arms."
     ]
     if tests * smallest > LEVEL:
         enough = math.ceil(2 * tests / LEVEL) - 1

@@ -11,11 +11,15 @@ from fgd_inputs.names import markdown_text
 from .report import Section
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em;
   color: #222; background: #fff }
+p { max-width: 50em }
+h1 + p { font-size: 1.3em }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+div { overflow-x: auto }
+summary { font-weight: bold; margin: .5em 0; cursor: pointer }
 img { max-width: 100% }
 """
 
@@ -30,11 +34,11 @@ def markdown(sections: Sequence[Section], shown: Callable[[str], str] = markdown
     for level, section in enumerate(sections):
         title = shown(section.title)
         parts += [f"{'##' if level else '#'} {title}", *map(shown, section.text)]
+        if section.picture:
+            parts.append(f"![{title}]({section.picture.name})")
         if section.table:
             headers, *rows = [[*map(shown, line)] for line in section.table]
             parts.append(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
-        if section.picture:
-            parts.append(f"![{title}]({section.picture.name})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -49,15 +53,18 @@ def html_page(sections: Sequence[Section]) -> str:
 
 
 def _html(section: Section, heading: str) -> str:
-    parts = [f"<{heading}>{escape(section.title)}</{heading}>"]
-    parts += [f"<p>{escape(line)}</p>" for line in section.text]
+    parts = [f"<p>{escape(line)}</p>" for line in section.text]
+    if section.picture:
+        data = base64.b64encode(section.picture.read_bytes()).decode()
+        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
     if section.table:
         head, *rows = (
             "<tr>" + "".join(f"<{cell}>{escape(c)}</{cell}>" for c in line) + "</tr>"
             for cell, line in zip(["th"] + ["td"] * len(section.table), section.table)
         )
-        parts.append(f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>")
-    if section.picture:
-        data = base64.b64encode(section.picture.read_bytes()).decode()
-        parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
-    return "".join(parts)
+        table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+        parts.append(f"<div>{table}</div>")  # what is too wide is scrolled, not broken
+    title, body = escape(section.title), "".join(parts)
+    if section.folded:
+        return f"<details><summary>{title}</summary>{body}</details>"
+    return f"<{heading}>{title}</{heading}>{body}"

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from .arms import STUDENT, TEACHER
 from .bootstrap import ALL
-from .classes import CLASS_TEXT, class_table
+from .classes import PART_TEXT, part_table
 from .comparisons import LEVEL, verdict
 from .runs import kinds
 from .summary import METRICS, spread
@@ -14,13 +14,21 @@ NONE = "–"
 KINDS = {"bbox": "boxes", "segm": "masks"}
 
 
+# Captions of pictures that have a place of their own on the page; all others come last.
+AP_FIGURE, LATENCY, EXAMPLES = "AP of each seed", "AP against latency", "Test images"
+
+
 class Section(NamedTuple):
-    """A heading, what the reader must know, then a table (headers first) and a picture."""
+    """A heading, what the reader must know, then a picture and a table (headers first).
+
+    folded: what few readers look at; HTML shows the heading, and the rest when it is opened.
+    """
 
     title: str
     text: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()
     picture: Optional[Path] = None
+    folded: bool = False
 
 
 def number(value: Optional[float], places: int = 1, sign: bool = False) -> str:
@@ -40,31 +48,46 @@ def each(values: Sequence[float]) -> str:
     return " ".join(dict.fromkeys(texts) if len(set(texts)) == 1 else texts) or NONE
 
 
+Columns = Dict[str, Callable[[dict], str]]
+
+
+def _table(columns: Columns, rows: Sequence[dict]) -> List[List[str]]:
+    """Arms are lines; a column without a figure is left out."""
+    cells = {name: [text(row) for row in rows] for name, text in columns.items()}
+    cells = {name: found for name, found in cells.items() if set(found) != {NONE}}
+    return [list(cells), *map(list, zip(*cells.values()))]
+
+
 def summary_table(rows: Sequence[dict], kind: str) -> List[List[str]]:
-    """Arms and their AP of one kind; columns that no arm has are left out."""
+    """Arms and their AP of one kind."""
     rows = [row for row in rows if kind in row]
-    names = [name for name in METRICS if name in rows[0][kind]]
-    student = next((row["seconds"] for row in rows if row["arm"] == STUDENT), None)
-    columns: Dict[str, Callable[[dict], str]] = {"arm": lambda row: row["arm"]}
-    for name in names:
+    columns: Columns = {"arm": lambda row: row["arm"]}
+    for name in (name for name in METRICS if name in rows[0][kind]):
         columns[name] = lambda row, name=name: mean_and_sd(row[kind][name])
-    if any(row[kind]["gap closed"] is not None for row in rows):
-        columns["gap closed, %"] = lambda row: number(row[kind]["gap closed"], 0)
+    columns["gap closed, %"] = lambda row: number(row[kind]["gap closed"], 0)
     columns["AP of each seed"] = lambda row: " ".join(map(number, row[kind]["AP"]["each"]))
-    if any(row["factors"] for row in rows):
-        columns["factor"] = lambda row: each(row["factors"])
-    columns["iterations"] = lambda row: str(row["iterations"] or NONE)
-    if any("chosen" in row for row in rows):
-        columns["chosen at"] = lambda row: each(row.get("chosen", []))
-    columns["minutes each"] = lambda row: number(row["minutes"])
-    if student:
-        columns["step time"] = lambda row: number(row["seconds"] and row["seconds"] / student, 2)
-    return [list(columns), *([text(row) for text in columns.values()] for row in rows)]
+    return _table(columns, rows)
+
+
+def training_table(rows: Sequence[dict]) -> List[List[str]]:
+    """Arms and how they were trained."""
+    student = next((row["seconds"] for row in rows if row["arm"] == STUDENT), None)
+    columns: Columns = {
+        "arm": lambda row: row["arm"],
+        "seeds": lambda row: " ".join(map(str, row["seeds"])),
+        "iterations": lambda row: str(row["iterations"] or NONE),
+        "minutes each": lambda row: number(row["minutes"]),
+        "step time": lambda row: number(student and row["seconds"] and row["seconds"] / student, 2),
+        "chosen at": lambda row: each(row.get("chosen", [])),
+        "factor": lambda row: each(row["factors"]),
+    }
+    return _table(columns, rows)
 
 
 def change_table(rows: Sequence[dict]) -> List[List[str]]:
-    """One row per class of one pair of arms; effect and interval first, p last."""
-    return [["class", *_TEST], *([row["class"], *_cells(row)] for row in rows)]
+    """One row per class or size of one pair of arms; effect and interval first, p last."""
+    names = [row.get("class") or f"{row['size']} objects" for row in rows]
+    return [["class", *_TEST], *([x, *_cells(row)] for x, row in zip(names, rows, strict=True))]
 
 
 def comparison_table(rows: Sequence[dict]) -> List[List[str]]:
@@ -134,57 +157,85 @@ def sections(study: Dict[str, Any], pictures: Dict[str, Path]) -> List[Section]:
     Args:
         pictures: caption → file.
     """
-    rows = study["arms"]
-    found = [Section("Study", study["facts"])]
-    if study["missing"]:
-        found.append(Section("Missing", study["missing"]))
+    rows, changes = study["arms"], study["changes"]
+    overall = {k: [x for x in compared if x["class"] == ALL] for k, compared in changes.items()}
+    found = [Section(_TITLE, study["headline"], picture=pictures.get(AP_FIGURE))]
+    if EXAMPLES in pictures:
+        found.append(Section(EXAMPLES, _EXAMPLES, picture=pictures[EXAMPLES]))
+    found.append(Section(LATENCY, study["latency"]["text"], picture=pictures.get(LATENCY)))
+    found += [Section("Missing", study["missing"])] if study["missing"] else []
+    found.append(Section("How it was compared", study["facts"]))
+    for kind, compared in overall.items():
+        ranked = ranked_table(rows, compared, kind)
+        found.append(Section(f"Ranked by AP, {KINDS[kind]}", _RANKED, ranked))
     for kind in [kind for kind in KINDS if any(kind in kinds(row) for row in rows)]:
         found.append(Section(f"AP, {KINDS[kind]}", _SUMMARY, summary_table(rows, kind)))
-    ended = [result for row in study["stages"] for result in row["end"]]
-    for kind in [kind for kind in KINDS if any(kind in result for result in ended)]:
-        table = stage_table(study["stages"], kind)
-        found.append(Section(f"Teachers in a row, {KINDS[kind]}", _STAGES, table))
-    for kind, compared in study["changes"].items():
-        overall = [row for row in compared if row["class"] == ALL]
-        ranked = ranked_table(rows, overall, kind)
-        found.append(Section(f"Ranked by AP, {KINDS[kind]}", _RANKED, ranked))
+    found.append(Section("Training", _TRAINING, training_table(rows)))
+    found += _chains(study["stages"])
     text = study["test"]
-    for kind, compared in study["changes"].items():
-        overall = [row for row in compared if row["class"] == ALL]
+    for kind, compared in overall.items():
         title = f"Comparisons of all classes, {KINDS[kind]}"
-        if overall:
-            found.append(Section(title, text, comparison_table(overall)))
+        if compared:
+            found.append(Section(title, text, comparison_table(compared)))
             text = ()  # explained once
+    found += _parts(study)
+    shown = (AP_FIGURE, LATENCY, EXAMPLES)
+    others = {caption: path for caption, path in pictures.items() if caption not in shown}
+    return found + [Section(caption, picture=path) for caption, path in others.items()]
+
+
+def _chains(stages: Sequence[dict]) -> List[Section]:
+    ended = [result for row in stages for result in row["end"]]
+    return [
+        Section(f"Teachers in a row, {KINDS[kind]}", _STAGES, stage_table(stages, kind))
+        for kind in KINDS
+        if any(kind in result for result in ended)
+    ]
+
+
+def _parts(study: Dict[str, Any]) -> List[Section]:
+    """Classes and sizes: counted arm by arm, then one by one for each pair of arms."""
+    found, text = [], PART_TEXT
+    for title, changes, part in (("Classes", "changes", "class"), ("Sizes", "sizes", "size")):
+        for kind, compared in study[changes].items():
+            table = part_table(study["arms"], compared, kind, part)
+            if table:
+                found.append(Section(f"{title}, {KINDS[kind]}", text, table))
+                text = ()
     for kind, compared in study["changes"].items():
-        table = class_table(rows, compared, kind)
-        if table:
-            found.append(Section(f"Classes and sizes, {KINDS[kind]}", CLASS_TEXT, table))
-        found += _by_class(compared, KINDS[kind])
-    found += [Section(caption, picture=path) for caption, path in pictures.items()]
+        found += _by_pair([*compared, *study["sizes"].get(kind, [])], KINDS[kind])
     return found
 
 
-def _by_class(compared: Sequence[dict], kind: str) -> List[Section]:
-    """Tables of pairs of arms where there are several classes; the teacher's are counted only."""
+def _by_pair(compared: Sequence[dict], kind: str) -> List[Section]:
+    """Tables of pairs of arms; those with the teacher are counted only."""
     found = []
     pairs = dict.fromkeys((row["arm"], row["against"]) for row in compared)
     for pair in (pair for pair in pairs if pair[1] != TEACHER):
         chosen = [row for row in compared if (row["arm"], row["against"]) == pair]
+        chosen = [row for row in chosen if "class" in row or row["p"] == row["p"]]
         seeds = ", ".join(map(str, chosen[0]["seeds"]))
-        text = [f"Mean over seeds {seeds}. The corrected p is Holm's over these classes."]
+        text = [f"Mean over seeds {seeds}. The corrected p is Holm's over these classes or sizes."]
         if len(chosen) > 1:
-            found.append(
-                Section(f"{pair[0]} against {pair[1]}, {kind}", text, change_table(chosen))
-            )
+            title, table = f"{pair[0]} against {pair[1]}, {kind}", change_table(chosen)
+            found.append(Section(title, text, table, folded=True))
     return found
 
 
+_TITLE = "Does distillation pay?"
+_EXAMPLES = (
+    "Four test images, evenly spaced. Of each arm, on the first seed, as many of the best "
+    "detections as there are objects: a solid box has found one (IoU of 0.5 and its class), a "
+    "dotted one has not.",
+)
 _SUMMARY = (
     "COCO AP in percent on the test images, mean ± standard deviation over the seeds. Gap closed: "
-    "how far an arm's mean gets from the student's to the teacher's. Factor: the runs' "
-    "MODEL.DISTILLER.FACTOR, one number if all seeds have the same. Minutes: by the clock, "
-    "whatever else the machine was doing. Step time: median seconds per iteration, over the "
-    "student's.",
+    "how far an arm's mean gets from the student's to the teacher's.",
+)
+_TRAINING = (
+    "Minutes: by the clock, whatever else the machine was doing. Step time: median seconds per "
+    "iteration, over the student's. Factor: the runs' MODEL.DISTILLER.FACTOR, one number if all "
+    "seeds have the same.",
 )
 _STAGES = (
     "Every stage but the first starts from the student of the one before. Its AP at the start was "

@@ -16,6 +16,7 @@ from ..engine.results import RESULTS
 from ..errors import UserError
 from ..processes.with_parent import with_parent
 from . import budget
+from .advice import ways_out
 from .arms import TEACHER, TIMED
 from .files import (
     CONSOLE,
@@ -28,6 +29,7 @@ from .files import (
     write_measured,
     write_text,
 )
+from .progress import Progress
 from .run import Run
 
 _POLL = 0.1  # seconds
@@ -93,6 +95,7 @@ class Runner:
         self.waiting: List[Run] = []
         self.running: List[Job] = []
         self.failures: List[Failure] = []
+        self.progress = Progress()
 
     def run_all(self) -> List[Failure]:
         """Train what is not finished; returns the runs without results, empty if all went well.
@@ -114,6 +117,8 @@ class Runner:
             while self.waiting or self.running:
                 self._start_ready()
                 self._collect()
+                now = time.perf_counter()
+                self.progress.show([(job.run, now - job.started) for job in self.running])
         finally:
             self._stop()
             for number, handler in previous.items():
@@ -140,6 +145,7 @@ class Runner:
             raise UserError("not started, there is no teacher")
         if lost:
             raise UserError(f"not started, {lost[0]} has no results")
+        self.progress.clear()  # steps may be timed now, which is said
         command, training = self.command(run), not _is_to_be_chosen(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         write_measured(run)
@@ -206,6 +212,7 @@ class Runner:
             code = job.process.poll()
             if code is None:
                 continue
+            self.progress.clear()
             self.running.remove(job)
             _add_minutes(job)
             if code == 0 and is_finished(job.run):
@@ -216,6 +223,7 @@ class Runner:
                 continue
             log = (job.run.folder / CONSOLE).read_text(errors="replace").strip().splitlines()
             reason = f"exit code {code}: {log[-1] if log else 'no output'}"
+            reason += ways_out(reason, job.run.folder)
             if code == 0 and disbelieved(job.run):
                 reason = disbelieved(job.run)
             # A negative code is the number of the signal that killed it; a shell adds it to 128.
@@ -223,11 +231,13 @@ class Runner:
             self._fail(Failure(job.run, reason, number, code in _STOPPED))
 
     def _fail(self, failure: Failure) -> None:
+        self.progress.clear()
         self.failures.append(failure)
         print(failure, file=sys.stderr, flush=True)
 
     def _stop(self) -> None:
         """SIGTERM to what still runs, and wait until it has saved; nothing if all have ended."""
+        self.progress.clear()
         for job in self.running:
             job.process.send_signal(signal.SIGTERM)
         for job in self.running:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from typing import AbstractSet, Any, Dict, List, Optional, Sequence
+from typing import AbstractSet, Any, Dict, List, NamedTuple, Optional, Sequence
 
 from detectron2.config import CfgNode
 
@@ -12,7 +12,7 @@ from fgd_inputs.json_file import number, read_json
 from ..data.datasets import coco_ground_truth, register_from_config
 from ..errors import UserError
 from .arms import STUDENT, TEACHER
-from .bootstrap import ALL, compare, replicates, resampled_sets
+from .bootstrap import ALL, compare, replicates, resampled_sets, size_replicates
 from .budget import step_seconds
 from .comparisons import correct, pairs, teacher_pairs
 from .files import is_finished, read_factor, read_minutes, read_result
@@ -22,7 +22,7 @@ from .runs import kinds
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _DETECTIONS = "inference/coco_instances_results.json"
-_AGAIN = "evaluate it again (train_net.py --eval-only)"
+_AGAIN = "delete its results.json, and call the study again, which then evaluates it"
 
 
 def spread(values: Sequence[Optional[float]]) -> dict:
@@ -97,8 +97,15 @@ def _add_gaps(rows: Dict[str, dict]) -> None:
             row[kind]["gap closed"] = gap_closed(*involved) if usable else None
 
 
-def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List[dict]]:
-    """kind → rows of `comparisons.correct`, from the detections that the runs have saved.
+class Changes(NamedTuple):
+    """kind → rows of `comparisons.correct`."""
+
+    classes: Dict[str, List[dict]] = {}
+    sizes: Dict[str, List[dict]] = {}
+
+
+def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Changes:
+    """How arms differ, from the detections that the runs have saved.
 
     Raises:
         UserError: detections are missing, or are not those of the run's results.
@@ -109,20 +116,26 @@ def changes(runs: Sequence[Run], cfg: CfgNode, resamples: int) -> Dict[str, List
     compared += teacher_pairs(arms, cfg)
     wanted = {arm for pair in compared for arm in pair}
     if not compared:
-        return {}
+        return Changes()
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = str(done[0].folder)  # generated sets are there
     truth = index_truth(ground_truth(cfg))
     sets = resampled_sets(len(truth.imgs), resamples)
     found: Dict[str, Dict] = defaultdict(dict)
+    sizes: Dict[str, Dict] = defaultdict(dict)
     for run in done:
         if run.arm in wanted:
-            detections, result = _detections(run, truth.imgs.keys()), read_result(run)
+            detections, result = saved_detections(run, truth.imgs.keys()), read_result(run)
             for kind in kinds(result):
-                of_run = replicates(match(truth, detections, kind), sets)
+                matches = match(truth, detections, kind)
+                of_run = replicates(matches, sets)
                 _check_same(run, kind, of_run[ALL][0], result[kind]["AP"])
                 found[kind][run.arm, run.seed] = of_run
-    return correct({kind: compare(of_runs, compared) for kind, of_runs in found.items()})
+                sizes[kind][run.arm, run.seed] = size_replicates(matches, sets)
+    return Changes(
+        correct({kind: compare(of_runs, compared) for kind, of_runs in found.items()}),
+        correct({kind: compare(of_runs, compared, "size") for kind, of_runs in sizes.items()}),
+    )
 
 
 def ground_truth(cfg: CfgNode) -> dict:
@@ -131,15 +144,21 @@ def ground_truth(cfg: CfgNode) -> dict:
     return coco_ground_truth(name)
 
 
-def _detections(run: Run, images: AbstractSet) -> List[dict]:
+def saved_detections(run: Run, images: Optional[AbstractSet] = None) -> List[dict]:
+    """What a run has detected on the test images, as COCO results.
+
+    Raises:
+        UserError: the file is missing, or holds something else than detections, or images that are
+            not among ``images``, if these are known.
+    """
     path = run.reported / _DETECTIONS
     if not path.exists():
-        raise UserError(f"{run}: {path} is missing, so changes cannot be tested")
+        raise UserError(f"{run}: {path} is missing; {_AGAIN}")
     found = read_json(str(path), "detections")
     entries = found if isinstance(found, list) else [None]
     if not all(map(_is_detection, entries)):
         raise UserError(f"{run}: {path} has something else than detections; {_AGAIN}")
-    if not {x["image_id"] for x in entries} <= images:
+    if images is not None and not {x["image_id"] for x in entries} <= images:
         raise UserError(f"{run}: {path} has images that are not in the test set; {_AGAIN}")
     return entries
 

@@ -18,14 +18,19 @@ from ..errors import UserError
 from ..methods.method import chosen_methods
 from ..weights import load_complete, read_weights
 
+_HINT = "say where it is with {}"
 
-def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Distiller, CfgNode]:
+
+def open_run(
+    path: str, teacher: str = "", teacher_config: str = "", hint: str = _HINT
+) -> Tuple[Distiller, CfgNode]:
     """Student, teacher and loss of a training checkpoint, in eval mode, and the run's config.
 
     On the run's device, or on the CPU where there is no GPU.
 
     Args:
         teacher, teacher_config: where these files lie now; "" = where they lay then.
+        hint: what to do where they are not; of commands that have not the options of this one.
     Raises:
         UserError: not such a checkpoint, a file is missing, or the teacher is another one.
     """
@@ -37,7 +42,7 @@ def open_run(path: str, teacher: str = "", teacher_config: str = "") -> Tuple[Di
     node.WEIGHTS = teacher or node.WEIGHTS
     node.CONFIG_FILE = teacher_config or node.CONFIG_FILE
     if needs_teacher(cfg):
-        _check_teacher(cfg, data.get("teacher") or {})
+        _check_teacher(cfg, data.get("teacher") or {}, hint)
     cfg.MODEL.TIMM.PRETRAINED = False  # all weights are in the checkpoint
     _without_gpu(cfg)
     with torch.random.fork_rng():
@@ -60,7 +65,7 @@ def load_inputs(path: str, cfg: CfgNode, record: Optional[dict] = None) -> dict:
     return mapper(record or {"file_name": path})
 
 
-def _check_teacher(cfg: CfgNode, recorded: Mapping[str, str]) -> None:
+def _check_teacher(cfg: CfgNode, recorded: Mapping[str, str], hint: str) -> None:
     """``recorded``: the checkpoint's "teacher"; {} in those from before it was recorded."""
     node = cfg.MODEL.DISTILLER.TEACHER
     if is_lazy(node.CONFIG_FILE):
@@ -69,9 +74,9 @@ def _check_teacher(cfg: CfgNode, recorded: Mapping[str, str]) -> None:
         try:
             find_config_file(node.CONFIG_FILE)
         except UserError as error:
-            raise UserError(f"teacher's {error}; say where it is with --teacher-config") from None
+            raise UserError(f"teacher's {error}; {hint.format('--teacher-config')}") from None
     if node.WEIGHTS and "://" not in node.WEIGHTS and not os.path.isfile(node.WEIGHTS):
-        raise UserError(f"teacher {node.WEIGHTS} is not there; say where it is with --teacher")
+        raise UserError(f"teacher {node.WEIGHTS} is not there; {hint.format('--teacher')}")
     found = describe_teacher(cfg)
     digest, taught = found["sha256"], recorded.get("sha256", found["sha256"])
     if digest != taught:

@@ -1,0 +1,153 @@
+"""The answer of a study in a few sentences: does it pay, against what, and what does it cost?"""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from .arms import LONG, SINGLE, STUDENT, TEACHER
+from .bootstrap import ALL
+from .comparisons import AHEAD, BEHIND, SAME, verdict
+
+# What an arm has to be ahead of, the fairest comparison first.
+_REFERENCES = {
+    LONG: "the student trained as long",
+    SINGLE: "one teacher for as long",
+    STUDENT: "the student alone",
+}
+_ANSWERS = {
+    AHEAD: "It pays",
+    BEHIND: "It does harm",
+    SAME: "It does not pay, as far as this study can tell",
+}
+_LONGER = 1.05  # times the student's step: less is the noise of the clock
+
+
+class Judged(NamedTuple):
+    """An arm, and the row of `comparisons.correct` that decides about it."""
+
+    arm: str
+    row: dict
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.row)
+
+
+def headline(
+    rows: Sequence[dict],
+    changes: Dict[str, List[dict]],
+    distilled: Sequence[str],
+) -> List[str]:
+    """Sentences, the verdict first; boxes and masks apart where there are both.
+
+    Args:
+        rows: of `summarize`. changes: of classes, kind by kind.
+        distilled: the arms that the study is about; [] = all but students alone.
+    """
+    lines: List[str] = []
+    by_arm = {row["arm"]: row for row in rows}
+    for kind, compared in changes.items():
+        tested = _overall(compared)
+        judged = _judge(tested, distilled)
+        found = _verdict(judged, tested) + _others(judged) + _doubts(judged, by_arm)
+        name = {"bbox": "Boxes: ", "segm": "Masks: "}[kind] if len(changes) > 1 else ""
+        lines += [f"{name}{line}" for line in found]
+        if judged and kind == list(changes)[-1]:
+            lines += _cost(by_arm, judged)
+    if not lines:
+        return [f"Nothing can be said yet: no arm has been tested against {STUDENT}."]
+    return lines
+
+
+def best_arms(changes: Dict[str, List[dict]], distilled: Sequence[str]) -> List[str]:
+    """The arms that `headline` speaks of, in its order; of boxes where there are masks too."""
+    compared = next(iter(changes.values()), [])
+    return [x.arm for x in _judge(_overall(compared), distilled)]
+
+
+def _overall(compared: Sequence[dict]) -> Dict[Tuple[str, str], dict]:
+    return {(x["arm"], x["against"]): x for x in compared if x["class"] == ALL and verdict(x)}
+
+
+def _judge(tested: Dict[Tuple[str, str], dict], distilled: Sequence[str]) -> List[Judged]:
+    """Each arm against its fairest reference, the largest gain of what is ahead first."""
+    arms = distilled or [arm for arm, _ in tested if arm not in (LONG, SINGLE)]
+    judged = []
+    for arm in dict.fromkeys(arms):
+        found = (tested.get((arm, against)) for against in _REFERENCES)
+        row = next((row for row in found if row), None)
+        judged += [Judged(arm, row)] if row else []
+    order = [AHEAD, SAME, BEHIND]
+    return sorted(judged, key=lambda x: (order.index(x.verdict), -x.row["difference"]))
+
+
+def gain(row: dict, p: bool = True) -> str:
+    """For example "+3.6 AP (2.3 to 4.7; corrected p 0.002)"."""
+    corrected = f"; corrected p {row['corrected']:.3f}" if p else ""
+    return f"{row['difference']:+.1f} AP ({row['low']:.1f} to {row['high']:.1f}{corrected})"
+
+
+def _verdict(judged: Sequence[Judged], tested: Dict[Tuple[str, str], dict]) -> List[str]:
+    if not judged:
+        return []
+    best, against = judged[0], judged[0].row["against"]
+    text = f"{_ANSWERS[best.verdict]}: {best.arm} {gain(best.row)} over {_REFERENCES[against]}"
+    if best.verdict == SAME:
+        text += ", which cannot be told from no change"
+    alone = tested.get((best.arm, STUDENT))
+    if against != STUDENT and alone:
+        shown = " (not told apart)" if verdict(alone) == SAME else ""
+        text += f"; {gain(alone)} over {_REFERENCES[STUDENT]}{shown}"
+    return [f"{text}."]
+
+
+def _others(judged: Sequence[Judged]) -> List[str]:
+    if len(judged) < 2:
+        return []
+    parts = []
+    for way, text in ((AHEAD, "ahead"), (SAME, "not told apart"), (BEHIND, "behind")):
+        arms = [f"{x.arm} {x.row['difference']:+.1f}" for x in judged if x.verdict == way]
+        parts += [f"{text}: {', '.join(arms)}"] if arms else []
+    against = dict.fromkeys(_REFERENCES[x.row["against"]] for x in judged)
+    return [f"Against {' or '.join(against)}, {'; '.join(parts)}."]
+
+
+def _doubts(judged: Sequence[Judged], rows: Dict[str, dict]) -> List[str]:
+    """What the verdict does not cover."""
+    lines = []
+    ahead = [x.arm for x in judged if x.row["against"] == STUDENT and x.verdict == AHEAD]
+    longer = [arm for arm in ahead if (_ratio(rows, arm) or _LONGER) >= _LONGER]
+    if longer:
+        lines.append(
+            "No student was trained for the time that distillation takes, which may explain a part "
+            f"of it: add the arm {LONG}."
+        )
+    if any(len(x.row["seeds"]) == 1 for x in judged):
+        lines.append("With one seed the intervals do not cover the luck of the training.")
+    return lines
+
+
+def _cost(rows: Dict[str, dict], judged: Sequence[Judged]) -> List[str]:
+    """Of the arms that are ahead, or without any of all: time in training, none at inference."""
+    ahead = [x for x in judged if x.verdict == AHEAD] or judged
+    times = [_ratio(rows, x.arm) for x in ahead]
+    known = sorted(time for time in times if time is not None)
+    lines = []
+    if known:
+        ends = dict.fromkeys(f"{x:.2f}" for x in (known[0], known[-1]))
+        whose = ahead[0].arm if len(ahead) == 1 else "these arms"
+        lines.append(
+            f"Cost in training: a step of {whose} takes {' to '.join(ends)} times as long as the "
+            f"student's{_teacher(rows)}."
+        )
+    return [*lines, "Cost at inference: none, the network is the student's."]
+
+
+def _ratio(rows: Dict[str, dict], arm: str) -> Optional[float]:
+    seconds = [rows.get(name, {}).get("seconds") for name in (arm, STUDENT)]
+    return seconds[0] / seconds[1] if all(seconds) else None
+
+
+def _teacher(rows: Dict[str, dict]) -> str:
+    row = rows.get(TEACHER, {})
+    if not (row.get("minutes") and row.get("iterations")):
+        return ""
+    return f"; training the teacher took {row['minutes']:.0f} minutes more, once"
