@@ -56,6 +56,8 @@ def test_what_a_line_says(run):
     assert said(19, iterations=None) == "FGD, seed 0: 20 iterations"
     given = run._replace(arm="teacher", eval_only=True)
     assert describe(given, State(), None, 0.0) == "teacher: evaluating"
+    (run.folder / "results.json").touch()
+    assert describe(run._replace(select=True), State(), None, 0.0) == "FGD, seed 0: evaluating"
 
 
 def test_a_log_has_one_line_a_minute_for_all_runs(run):

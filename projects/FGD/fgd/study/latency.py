@@ -31,12 +31,14 @@ class Timed(NamedTuple):
     Attributes:
         machine: a text for all of `_MACHINE`. eager: ms of PyTorch, None where it was not timed.
         graphs: (name, ms, AP in percent) of graphs whose AP was measured with it.
+        noisy: why its figures are not to be trusted; "" if nothing says so.
     """
 
     run: Run
     machine: str
     eager: Optional[float]
     graphs: List[Tuple[str, float, float]]
+    noisy: str
 
 
 def latency(runs: Sequence[Run], rows: Sequence[dict], cfg: CfgNode) -> Dict[str, Any]:
@@ -58,7 +60,9 @@ def latency(runs: Sequence[Run], rows: Sequence[dict], cfg: CfgNode) -> Dict[str
     machines = [x.machine for x in timed]
     chosen = max(machines, key=machines.count, default="")
     text += [f"Left out: {x.run} was timed on {x.machine}" for x in timed if x.machine != chosen]
-    points = _points([x for x in timed if x.machine == chosen], rows)
+    timed = [x for x in timed if x.machine == chosen]
+    text += [f"{x.run} was timed on a busy machine: {x.noisy}" for x in timed if x.noisy]
+    points = _points(timed, rows)
     if points:
         said = (
             f"Median of one image, {chosen}, as deploy/benchmark.py timed it. All students are one "
@@ -108,10 +112,11 @@ def _read(run: Run, path: Path) -> Timed:
         eager = [number(row["p50_ms"]) for row in single if row["kind"] == "eager"]
         ap = {x["name"]: number((x["ap"] or {}).get("AP")) for x in found["contenders"]}
         graphs = [(x["row"], number(x["p50_ms"])) for x in single if x["kind"] == "graph"]
+        noisy = one_line(", ".join(found["noisy"]))
         known = [(name, ms, ap[name]) for name, ms in graphs if ms and ap[name] is not None]
     except (KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{path}: not as deploy's commands leave it ({error!r})") from error
-    return Timed(run, machine, next(iter(eager), None), known)
+    return Timed(run, machine, next(iter(eager), None), known, noisy)
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from fgd_inputs.json_file import number
 
 from ..errors import UserError
 from ..yaml_config import leaves, parse_yaml
+from .files import has_results
 from .run import Run
 
 _EVERY = {True: 1.0, False: 60.0}  # seconds between two looks, on a terminal or not
@@ -67,7 +68,8 @@ def describe(run: Run, state: State, iterations: Optional[int], age: float) -> s
         iterations: in all. age: seconds since the file was written.
     """
     if state.iteration is None:
-        return f"{run}: {'evaluating' if run.eval_only else 'starting'}"
+        chosen = run.select and has_results(run.trained)  # its best checkpoint is left to do
+        return f"{run}: {'evaluating' if run.eval_only or chosen else 'starting'}"
     done = min(round(state.iteration) + 1, iterations or math.inf)  # an evaluation counts one more
     parts = [f"{done} of {iterations}" if iterations else f"{done} iterations"]
     if iterations and done >= iterations:
