@@ -29,7 +29,7 @@ def test_it_pays():
         change("FGD", "student-long", 3.61, 0.004),
         change("FGD", "student", 99.0, name="disc"),
     ]
-    found = headline(rows(teacher=2.0, student=0.5, FGD=0.8), {"bbox": compared}, ["FGD"])
+    found = headline(rows(teacher=2.0, student=0.5, FGD=0.8), {"bbox": compared}, ["FGD"], {})
     assert found == [
         "It pays: FGD +3.6 AP (2.3 to 4.7; corrected p 0.004) over the student trained as long; "
         "+13.8 AP (12.5 to 14.9; corrected p 0.010) over the student alone.",
@@ -37,6 +37,10 @@ def test_it_pays():
         "teacher took 8 minutes more, once.",
         FREE,
     ]
+    beside = {"student-long": {"seconds": {"student": 0.25, "FGD": 0.375}}}
+    found = headline(rows(student=0.5, FGD=0.8), {"bbox": compared}, ["FGD"], beside)
+    timed = "Cost in training: a step of FGD takes 1.50 times as long as the student's."
+    assert found[1:] == [timed, FREE]  # rather than what two busy runs have logged
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_it_pays():
 def test_it_does_not_pay(difference, corrected, start, end):
     compared = [change("distil", "student-long", difference, corrected)]
     compared.append(change("distil", "student", 5.0, 0.3))
-    first, *others = headline(rows(student=1.0), {"bbox": compared}, ["distil"])
+    first, *others = headline(rows(student=1.0), {"bbox": compared}, ["distil"], {})
     shown = f"distil {difference:+.1f} AP ({difference - 1.3:.1f} to {difference + 1.1:.1f}"
     assert first.startswith(f"{start}{shown}; corrected p {corrected:.3f}) over the student tr")
     assert end in first and first.endswith(" over the student alone (not told apart).")
@@ -64,7 +68,7 @@ def test_of_several_arms_the_best_that_is_ahead_comes_first_and_all_are_named():
         change("FGD", "student", 7.0),
     ]
     arms = ["FGD", "PKD", "DeFeat", "DRKD", "unfinished"]
-    found = headline(rows(student=1.0, FGD=1.5, PKD=1.25), {"bbox": compared}, arms)
+    found = headline(rows(student=1.0, FGD=1.5, PKD=1.25), {"bbox": compared}, arms, {})
     assert found == [
         "It pays: FGD +7.0 AP (5.7 to 8.1; corrected p 0.010) over the student alone.",
         "Against the student alone, ahead: FGD +7.0, PKD +5.0; not told apart: DeFeat +9.0; "
@@ -78,7 +82,7 @@ def test_of_several_arms_the_best_that_is_ahead_comes_first_and_all_are_named():
 
 def test_doubts_and_masks():
     boxes, masks = ([change("inherit", "student", x, seeds=[0])] for x in (2.0, 1.0))
-    found = headline(rows(student=1.0, inherit=1.02), {"bbox": boxes, "segm": masks}, [])
+    found = headline(rows(student=1.0, inherit=1.02), {"bbox": boxes, "segm": masks}, [], {})
     luck = "With one seed the intervals do not cover the luck of the training."
     assert found[:4] == [
         "Boxes: It pays: inherit +2.0 AP (0.7 to 3.1; corrected p 0.010) over the student alone.",
@@ -87,14 +91,14 @@ def test_doubts_and_masks():
         f"Masks: {luck}",
     ]
     nothing = ["Nothing can be said yet: no arm has been tested against student."]
-    assert headline([], {}, ["FGD"]) == nothing
+    assert headline([], {}, ["FGD"], {}) == nothing
     nan = float("nan")
-    assert headline([], {"bbox": [change("FGD", "student", nan, nan)]}, ["FGD"]) == nothing
+    assert headline([], {"bbox": [change("FGD", "student", nan, nan)]}, ["FGD"], {}) == nothing
 
 
 def test_teachers_in_a_row_are_judged_by_one_of_them_for_as_long():
     compared = [change("stages", "student", 9.0), change("single-long", "student", 8.0)]
     compared.append(change("stages", "single-long", 1.0, 0.3))
-    (first, *_) = headline(rows(student=1.0), {"bbox": compared}, [])
+    (first, *_) = headline(rows(student=1.0), {"bbox": compared}, [], {})
     assert first.startswith("It does not pay, as far as this study can tell: stages +1.0 AP")
     assert "over one teacher for as long, which cannot be told from no change; +9.0 AP" in first

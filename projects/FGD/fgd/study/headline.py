@@ -1,6 +1,6 @@
 """The answer of a study in a few sentences: does it pay, against what, and what does it cost?"""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from .arms import LONG, SINGLE, STUDENT, TEACHER
 from .bootstrap import ALL
@@ -35,23 +35,26 @@ def headline(
     rows: Sequence[dict],
     changes: Dict[str, List[dict]],
     distilled: Sequence[str],
+    measured: Mapping[str, dict],
 ) -> List[str]:
     """Sentences, the verdict first; boxes and masks apart where there are both.
 
     Args:
         rows: of `summarize`. changes: of classes, kind by kind.
         distilled: the arms that the study is about; [] = all but students alone.
+        measured: arm of equal time → `budget.equal_time`.
     """
     lines: List[str] = []
-    by_arm = {row["arm"]: row for row in rows}
+    teacher = next((row for row in rows if row["arm"] == TEACHER), {})
+    ratios = _ratios(rows, measured)
     for kind, compared in changes.items():
         tested = _overall(compared)
         judged = _judge(tested, distilled)
-        found = _verdict(judged, tested) + _others(judged) + _doubts(judged, by_arm)
+        found = _verdict(judged, tested) + _others(judged) + _doubts(judged, ratios)
         name = {"bbox": "Boxes: ", "segm": "Masks: "}[kind] if len(changes) > 1 else ""
         lines += [f"{name}{line}" for line in found]
         if judged and kind == list(changes)[-1]:
-            lines += _cost(by_arm, judged)
+            lines += _cost(judged, ratios, teacher)
     if not lines:
         return [f"Nothing can be said yet: no arm has been tested against {STUDENT}."]
     return lines
@@ -110,11 +113,21 @@ def _others(judged: Sequence[Judged]) -> List[str]:
     return [f"Against {' or '.join(against)}, {'; '.join(parts)}."]
 
 
-def _doubts(judged: Sequence[Judged], rows: Dict[str, dict]) -> List[str]:
+def _ratios(rows: Sequence[dict], measured: Mapping[str, dict]) -> Dict[str, float]:
+    """Arm → its step over the student's: timed beside each other, else as their logs have them."""
+    ratios: Dict[str, float] = {}
+    logged = {row["arm"]: row["seconds"] for row in rows if row["seconds"]}
+    for seconds in (logged, *(budget["seconds"] for budget in measured.values())):
+        student = seconds.get(STUDENT)
+        ratios |= {arm: x / student for arm, x in seconds.items()} if student else {}
+    return ratios
+
+
+def _doubts(judged: Sequence[Judged], ratios: Dict[str, float]) -> List[str]:
     """What the verdict does not cover."""
     lines = []
     ahead = [x.arm for x in judged if x.row["against"] == STUDENT and x.verdict == AHEAD]
-    longer = [arm for arm in ahead if (_ratio(rows, arm) or _LONGER) >= _LONGER]
+    longer = [arm for arm in ahead if ratios.get(arm, _LONGER) >= _LONGER]
     if longer:
         lines.append(
             "No student was trained for the time that distillation takes, which may explain a part "
@@ -125,29 +138,19 @@ def _doubts(judged: Sequence[Judged], rows: Dict[str, dict]) -> List[str]:
     return lines
 
 
-def _cost(rows: Dict[str, dict], judged: Sequence[Judged]) -> List[str]:
+def _cost(judged: Sequence[Judged], ratios: Dict[str, float], teacher: dict) -> List[str]:
     """Of the arms that are ahead, or without any of all: time in training, none at inference."""
-    ahead = [x for x in judged if x.verdict == AHEAD] or judged
-    times = [_ratio(rows, x.arm) for x in ahead]
-    known = sorted(time for time in times if time is not None)
+    ahead = [x.arm for x in judged if x.verdict == AHEAD] or [x.arm for x in judged]
+    known = sorted(ratios[arm] for arm in ahead if arm in ratios)
     lines = []
     if known:
         ends = dict.fromkeys(f"{x:.2f}" for x in (known[0], known[-1]))
-        whose = ahead[0].arm if len(ahead) == 1 else "these arms"
+        whose = ahead[0] if len(ahead) == 1 else "these arms"
+        own = ""
+        if teacher.get("minutes") and teacher.get("iterations"):  # it was trained here
+            own = f"; training the teacher took {teacher['minutes']:.0f} minutes more, once"
         lines.append(
             f"Cost in training: a step of {whose} takes {' to '.join(ends)} times as long as the "
-            f"student's{_teacher(rows)}."
+            f"student's{own}."
         )
     return [*lines, "Cost at inference: none, the network is the student's."]
-
-
-def _ratio(rows: Dict[str, dict], arm: str) -> Optional[float]:
-    seconds = [rows.get(name, {}).get("seconds") for name in (arm, STUDENT)]
-    return seconds[0] / seconds[1] if all(seconds) else None
-
-
-def _teacher(rows: Dict[str, dict]) -> str:
-    row = rows.get(TEACHER, {})
-    if not (row.get("minutes") and row.get("iterations")):
-        return ""
-    return f"; training the teacher took {row['minutes']:.0f} minutes more, once"
