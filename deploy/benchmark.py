@@ -1,6 +1,6 @@
 """Command: how fast exported graphs are, beside each other and Detectron2 in the same run.
 
-Needs numpy, Pillow, onnxruntime, onnx and pycocotools; Detectron2 only where a checkpoint is
+Needs numpy, Pillow, the engines, onnx and pycocotools; Detectron2 only where a checkpoint is
 compared.
 """
 
@@ -15,8 +15,8 @@ from PIL import Image
 from deploy.coco_data import load_dataset
 from deploy.errors import UserError, run_main
 from deploy.files import write_atomically, write_json
-from deploy.runtime import OrtDetector
-from deploy.serving import time_limit
+from deploy.runtime import load
+from deploy.serving import engine, time_limit
 from deploy.serving.preprocess import load_image
 from deploy.spec import ModelSpec
 from deploy.speed.bench_page import html_page, markdown
@@ -29,9 +29,10 @@ _EXAMPLES = """examples:
   python deploy/benchmark.py model_final_onnx/model.onnx
   python deploy/benchmark.py a/model.onnx b/model.onnx --dataset test.json --threads 1
   python deploy/benchmark.py model.onnx --checkpoint model_final.pth --baselines eager legacy
+  python deploy/benchmark.py model.onnx --engine onnxruntime --engine openvino --threads 2
 
 Rows, alternated call by call:
-  NAME.onnx, one or more         resized pixels to detections, in ONNX Runtime
+  NAME.onnx, one or more         resized pixels to detections, in each --engine
   NAME.onnx, network only        without decoding and NMS behind the heads
   NAME.onnx, from image          decoded image to detections: resizing and scaling back included
 and where the first graph's checkpoint is at hand, resized pixels to detections by
@@ -86,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=available_cores(), help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (%(default)s)")
+    text = "what runs the graphs; again for more (onnxruntime)"
+    engine.add_option(parser, text, action="append", default=[])
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
     parser.add_argument("--output", metavar="DIR", help="default: the first model's folder")
     time_limit.add_option(parser)
@@ -108,7 +111,9 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
     time_limit.limit_time(args.time_limit)
     _check(args)
-    detectors = [OrtDetector(path, [args.provider], args.threads) for path in args.models]
+    engines = list(dict.fromkeys(args.engine)) or ["onnxruntime"]
+    options = {"providers": [args.provider], "threads": args.threads}
+    detectors = [load(path, name, **options) for path in args.models for name in engines]
     spec = detectors[0].spec
     if all(detector.max_batch for detector in detectors) and max(args.batch_sizes) > 1:
         print("exported with batch 1: other batch sizes are left out")

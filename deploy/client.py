@@ -1,4 +1,4 @@
-"""TritonDetector: as OrtDetector, but the graph runs on a Triton server. numpy and Pillow only.
+"""TritonDetector: as GraphDetector, but the graph runs on a Triton server. numpy and Pillow only.
 
     detector = TritonDetector("http://localhost:8000/v2/models/shapes")
     (found,) = detector.detect(["photo.jpg"])
@@ -50,7 +50,7 @@ class TritonDetector(Detector):
 
     Args:
         url: http://HOST:PORT/v2/models/NAME, or .../versions/N for one version.
-        min_score, max_pixels: as in OrtDetector.
+        min_score, max_pixels: as in GraphDetector.
         transport: sends a request; for servers that need credentials, and for tests.
     Raises:
         UserError: no such server or model, or one that was not written by that command.

@@ -1,6 +1,6 @@
 """Command: COCO AP of an exported graph, boxes and masks, and of the PyTorch student beside it.
 
-The graph side needs numpy, Pillow, onnxruntime and pycocotools; Detectron2 is imported only for
+The graph side needs numpy, Pillow, an engine and pycocotools; Detectron2 is imported only for
 --checkpoint and for registered dataset names.
 """
 
@@ -15,8 +15,8 @@ from deploy.coco_data import CocoData, load_dataset
 from deploy.errors import ParityError, UserError, run_main
 from deploy.files import write_json
 from deploy.predict import SHRUNK
-from deploy.runtime import OrtDetector
-from deploy.serving import time_limit
+from deploy.runtime import GraphDetector, load
+from deploy.serving import engine, time_limit
 from deploy.serving.paste import encode_rle
 from deploy.serving.progress import show_progress
 from deploy.spec import ModelSpec
@@ -33,7 +33,7 @@ evaluated too: exit code 4 if the APs differ by more than 0.05 points.
 
 
 def evaluate_graph(
-    detector: OrtDetector, data: CocoData, batch_size: int = 1
+    detector: GraphDetector, data: CocoData, batch_size: int = 1
 ) -> Tuple[Dict[str, Any], int]:
     """COCO metrics of a graph (see `coco_metrics`), and how many images its canvas shrank.
 
@@ -149,14 +149,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", help="evaluate this checkpoint in PyTorch too, and compare")
     parser.add_argument("--output", help="write the results to this JSON file")
     parser.add_argument("--batch-size", type=int, default=1, help="images per run (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="0: ONNX Runtime decides")
+    engine.add_option(parser)
+    parser.add_argument("--threads", type=int, default=0, help="0: the engine decides")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
     time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="traceback on errors")
     return parser
 
 
-def evaluate(detector: OrtDetector, data: CocoData, eager=None, batch_size=1) -> Dict[str, Any]:
+def evaluate(detector: GraphDetector, data: CocoData, eager=None, batch_size=1) -> Dict[str, Any]:
     """Everything the command reports: "metrics" is what `compare` returns."""
     start = time.perf_counter()
     graph, shrunk = evaluate_graph(detector, data, batch_size)
@@ -169,7 +170,8 @@ def evaluate(detector: OrtDetector, data: CocoData, eager=None, batch_size=1) ->
         "images": len(data.images),
         "shrunk": shrunk,
         "batch_size": batch_size,
-        "providers": detector.session.get_providers(),
+        "engine": str(detector.session.engine),
+        "providers": detector.session.providers,
         "onnx_seconds": round(seconds, 3),
         "metrics": compare(graph, evaluate_eager(eager, data) if eager else None),
     }
@@ -181,7 +183,8 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, expected 1 or more")
     # all that can be refused is refused before the first image is run
-    detector = OrtDetector(args.model, [args.provider], args.threads)
+    options = {"providers": [args.provider], "threads": args.threads}
+    detector = load(args.model, args.engine, **options)
     data = load_dataset(args.dataset, args.images, bool(detector.spec.mask_size))
     data.category_ids(detector.spec.classes)
     eager = load_eager(args.checkpoint, detector.spec) if args.checkpoint else None

@@ -167,7 +167,7 @@ def _publish(output, file, loaded: Loaded, converted: Converted, verified: Verif
     for name in _GRAPH_FILES:
         (output / name).unlink(missing_ok=True)
     if report.passed:
-        converted.spec.to_json(output / "model.json")
+        converted.spec.to_json(output / "model.json", report.engines)
     final = output / ("model.onnx" if report.passed else "model.failed.onnx")
     os.replace(file, final)
     print(report.table())
@@ -215,7 +215,7 @@ def _write_report(output, loaded: Loaded, converted: Converted, verified: Verifi
             "bytes": len(converted.content),
         },
         "seconds": {"export": round(converted.seconds, 1), "verify": round(verified.seconds, 1)},
-        "versions": environment(spec.versions),
+        "versions": environment(spec.versions, verified.report.engines),
         "left_out": {
             key: {"tensors": count, "bytes": size_bytes}
             for key, (count, size_bytes) in student.dropped.items()

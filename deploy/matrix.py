@@ -1,6 +1,7 @@
 """Command: which architecture can be exported how, found out by doing it.
 
-Every cell is an export of a tiny model with well-conditioned weights, verified as every export is.
+Every cell is an export of a tiny model with well-conditioned weights, verified as every export is:
+in each engine that is installed.
 """
 
 import argparse
@@ -45,6 +46,7 @@ COLUMNS: Dict[str, Callable[[Path], Dict[str, Any]]] = {
 }
 _OUTCOMES = {UserError: "refused", ParityError: "failed"}
 _PACKAGES = ("torch", "detectron2", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+_PACKAGES += ("openvino",)
 _EXAMPLES = """examples:
   python -m deploy.matrix --output output/matrix
   python -m deploy.matrix --output output/matrix --architectures FCOS --columns static fp16
@@ -84,8 +86,9 @@ def make_cell(checkpoint: Path, folder: Path, options: Dict[str, Any]) -> Dict[s
 
     Returns:
         "outcome": "yes", or "refused" (a UserError), "failed" (a ParityError) or "crashed" (any
-        other exception) with its "reason"; "seconds"; for "yes" also "verification" of the float32
-        graph and "ap" of each other precision beside it (None where it was not measured).
+        other exception) with its "reason"; "seconds"; for "yes" also "engines", all of which
+        passed it, "verification" of the float32 graph in the first of them, and "ap" there of each
+        other precision beside it (None where it was not measured).
     """
     make_folder(folder)
     cell: Dict[str, Any] = {"outcome": "yes"}
@@ -93,6 +96,7 @@ def make_cell(checkpoint: Path, folder: Path, options: Dict[str, Any]) -> Dict[s
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             report = export(checkpoint, folder, force=True, **options)
+            cell["engines"] = [str(engine) for engine in report.engines]
             tally = report.to_dict()["tally"]
             keys = ("expected", "matched", "box_error", "score_error", "mask_error")
             cell["verification"] = {key: tally[key] for key in keys}
@@ -124,6 +128,10 @@ def to_markdown(matrix: Dict[str, Any]) -> str:
         reasons.append(
             f"- int8: within {_INT8_AP_DROP:g} points of AP, as the weights are untrained."
         )
+    cells = [cell for row in matrix["rows"].values() for cell in row.values()]
+    engines = dict.fromkeys(name for cell in cells for name in cell.get("engines", ()))
+    if engines:
+        reasons.append(f"- yes: in {' and in '.join(engines)}.")
     versions = ", ".join(f"{name} {number}" for name, number in matrix["versions"].items())
     return "\n".join([*lines, "", *reasons, *([""] if reasons else []), f"Made with {versions}."])
 

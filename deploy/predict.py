@@ -1,6 +1,6 @@
 """Command: an exported detector on image files; writes detections.json and pictures.
 
-numpy, Pillow and onnxruntime only; for a model on a server, numpy and Pillow.
+numpy, Pillow and onnxruntime or openvino only; for a model on a server, numpy and Pillow.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from PIL import Image
 
 from deploy.client import TritonDetector, is_url
 from deploy.errors import UserError, run_main
-from deploy.serving import time_limit
+from deploy.serving import engine, time_limit
 from deploy.serving.coco_results import CocoIds
 from deploy.serving.detector import Detector
 from deploy.serving.many_images import predict, say
@@ -59,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for detections.json and pictures/")
     parser.add_argument("--score", type=float, default=0.5, help="lowest score kept (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="images per run (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="0: ONNX Runtime decides")
+    engine.add_option(parser)
+    parser.add_argument("--threads", type=int, default=0, help="0: the engine decides")
     parser.add_argument("--provider", default="cpu", help="cpu, cuda, tensorrt or ORT's own name")
     parser.add_argument("--no-images", action="store_true", help="write no pictures")
     parser.add_argument("--resume", action="store_true", help="keep what is finished in OUTPUT")
@@ -89,9 +90,16 @@ def _check_usage(args) -> None:
 def _load(args) -> Detector:
     if is_url(args.model):
         return TritonDetector(args.model, args.score, args.max_pixels)
-    from deploy.runtime import OrtDetector  # ONNX Runtime, which a client of a server lacks
+    from deploy.runtime import load
 
-    return OrtDetector(args.model, [args.provider], args.threads, args.score, args.max_pixels)
+    return load(
+        args.model,
+        args.engine,
+        providers=[args.provider],
+        threads=args.threads,
+        min_score=args.score,
+        max_pixels=args.max_pixels,
+    )
 
 
 def _quiet_pillow(max_pixels: int) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import platform
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
+from deploy.serving.engine import Engine
 from fgd.checkpoint_entries import FORMAT
 from fgd_inputs.names import one_line
 
@@ -64,15 +65,10 @@ def chain(origin: Dict[str, Any], hashes: Dict[str, str]) -> Dict[str, Any]:
     }
 
 
-def environment(versions: Dict[str, str]) -> Dict[str, str]:
+def environment(versions: Dict[str, str], engines: Iterable[Engine]) -> Dict[str, str]:
     """Versions of all that had a part in making and judging the graph."""
-    import onnxruntime  # its package has several names, so importlib.metadata would not do
-
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    judges = {engine.name: engine.version for engine in engines}
+    return {"python": platform.python_version(), **versions, **judges}
 
 
 def _sha256(text: str) -> str:

@@ -1,110 +1,116 @@
-"""OrtDetector: image files in, detections out. numpy, Pillow and onnxruntime; no torch needed."""
+"""GraphDetector: image files in, detections out. numpy, Pillow and the engine; no torch needed."""
 
 import hashlib
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Type
 
 import numpy as np
-import onnxruntime as ort
 
 from deploy.errors import UserError
-from deploy.serving.bounded_run import run_session
 from deploy.serving.detector import Detector
+from deploy.serving.engine import ENGINES, EXTRAS, Session
 from deploy.serving.graph_file import read_graph_file
+from deploy.serving.graph_interface import GraphInterface, read_interface
 from deploy.serving.preprocess import MAX_PIXELS
 from deploy.spec import INPUT_NAMES, ModelSpec
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-_FATAL = 4  # ONNX Runtime's log level: what goes wrong reaches the user once, as our error
-_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)": "int32"}
 
-
-class OrtDetector(Detector):
-    """An exported detector in ONNX Runtime, with the resizing around it that training used.
+class GraphDetector(Detector):
+    """An exported detector in an engine, with the resizing around it that training used.
 
     Safe to call from several threads at once.
 
     Args:
         path: .onnx file written by deploy/export.py; it alone suffices. A file of the same name
             ending in .json, if there, must be the one written with it.
-        providers: execution providers, best first, as "cpu" / "cuda" / "tensorrt" or in ONNX
-            Runtime's own names. Every one of them must really be in use afterwards.
-        threads: intra-op threads; 0 lets ONNX Runtime decide.
+        providers: what ONNX Runtime runs on, best first, as "cpu" / "cuda" / "tensorrt" or in its
+            own names. Every one of them must really be in use afterwards. OpenVINO takes "cpu".
+        threads: within one run; 0 lets the engine decide.
         min_score: drop detections scored lower. None, or anything below the threshold that the
             graph was exported with, keeps all that the graph returns.
         max_pixels: larger images are refused before they are decoded.
+        engine: "onnxruntime" or "openvino".
     Raises:
-        UserError: no such file, not a graph of ours, damaged, or a provider is not available.
+        UserError: no such file, not a graph of ours, damaged, or a provider or the engine is not
+            available.
     """
 
     def __init__(
         self,
         path,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = ("cpu",),
         threads: int = 0,
         min_score: Optional[float] = None,
         max_pixels: int = MAX_PIXELS,
+        engine: str = "onnxruntime",
     ):
         self.path, self.name = Path(path), str(path)
         self.min_score, self.max_pixels = min_score, max_pixels
         content = read_graph_file(self.path)
-        self.session = open_session(content, str(self.path), providers, threads)
-        self.spec = _read_spec(self.session, self.path)
-        self.sha256 = self.identity = hashlib.sha256(content).hexdigest()
+        interface = read_interface(content, self.name)
+        self.spec = _read_spec(interface, self.path)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        # engines differ in the last digits, so a run that was begun in one goes on in that
+        self.identity = self.sha256 if engine == "onnxruntime" else f"{self.sha256} in {engine}"
         self.max_batch = 1 if self.spec.dynamic == "none" else None
         _check_sidecar(self.path, self.sha256, self.spec)
-        _check_interface(self.session, self.spec, self.path)
+        _check_interface(interface, self.spec, self.path)
+        self.session = open_session(content, self.name, providers, threads, engine)
 
     def run(self, images: np.ndarray, image_sizes: np.ndarray) -> Dict[str, np.ndarray]:
         """The graph alone on what `make_batch` returns; its outputs by name, B rows each."""
-        feed = dict(zip(INPUT_NAMES, (images, image_sizes), strict=True))
-        names = self.spec.output_names
-        return dict(zip(names, run_session(self.session, names, feed, self.name), strict=True))
+        return self.session.run(dict(zip(INPUT_NAMES, (images, image_sizes), strict=True)))
+
+
+OrtDetector = GraphDetector  # its name while there was one engine
+
+
+def load(path, engine: str = "onnxruntime", **options) -> GraphDetector:
+    """A `GraphDetector`, which says what the options are."""
+    return GraphDetector(path, engine=engine, **options)
 
 
 def open_session(
-    model: bytes, name: str, providers: Sequence[str] = ("cpu",), threads: int = 0
-) -> ort.InferenceSession:
-    """A session that really runs on `providers`; ONNX Runtime alone would fall back silently.
+    model: bytes,
+    name: str,
+    providers: Sequence[str] = ("cpu",),
+    threads: int = 0,
+    engine: str = "onnxruntime",
+) -> Session:
+    """A graph opened in an engine.
 
     Args:
         model: serialised graph.  name: what to call it in messages.
-        providers, threads: as in OrtDetector.
+        providers, threads, engine: as in `GraphDetector`.
     Raises:
-        UserError: a provider is unknown, not installed or does not start; the graph is damaged.
+        UserError: a provider is unknown, not installed or does not start; the engine is not
+            installed; the graph is damaged.
     """
-    wanted = [_PROVIDERS.get(provider.lower(), provider) for provider in providers]
-    missing = [provider for provider in wanted if provider not in ort.get_available_providers()]
-    if missing or not wanted:
-        raise UserError(
-            f"this onnxruntime has no {', '.join(missing) or 'provider to use'}; it offers "
-            f"{', '.join(ort.get_available_providers())}"
-        )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _FATAL
-    # waiting threads would keep spinning and slow down whatever runs next in this process
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        session = ort.InferenceSession(model, options, providers=wanted, enable_fallback=0)
-    except Exception as error:  # its exception classes share no base of their own
-        raise UserError(f"ONNX Runtime cannot load {name}: {error}") from error
-    used = session.get_providers()
-    if used[: len(wanted)] != wanted:
-        raise UserError(
-            f"asked for {', '.join(wanted)} but ONNX Runtime started {', '.join(used)}: its "
-            "libraries or the device are missing; see onnxruntime.ai for the versions it needs"
-        )
-    return session
+    return session_class(engine)(model, name, providers, threads)
 
 
-def _read_spec(session: ort.InferenceSession, path: Path) -> ModelSpec:
+def session_class(engine: str) -> Type[Session]:
+    """Of an engine, imported now. UserError: there is no such engine, or it is not installed."""
+    if engine not in ENGINES:
+        raise UserError(f"engine {engine!r}: there is {', '.join(ENGINES)}")
     try:
-        return ModelSpec.from_metadata(session.get_modelmeta().custom_metadata_map)
+        if engine == "openvino":
+            from deploy.serving.openvino_session import OpenVinoSession
+
+            return OpenVinoSession
+        from deploy.serving.ort_session import OrtSession
+
+        return OrtSession
+    except ImportError as error:
+        raise UserError(
+            f"{ENGINES[engine]} cannot be used: {error}. It comes with the extra "
+            f"{EXTRAS[engine]}: pip install -e '.[{EXTRAS[engine]}]'"
+        ) from error
+
+
+def _read_spec(interface: GraphInterface, path: Path) -> ModelSpec:
+    try:
+        return ModelSpec.from_metadata(interface.metadata)
     except UserError as error:
         raise UserError(f"{path} was not written by deploy/export.py: {error}") from error
 
@@ -128,15 +134,15 @@ def _check_sidecar(path: Path, sha256: str, spec: ModelSpec) -> None:
         )
 
 
-def _check_interface(session: ort.InferenceSession, spec: ModelSpec, path: Path) -> None:
+def _check_interface(graph: GraphInterface, spec: ModelSpec, path: Path) -> None:
     """UserError unless the graph has the spec's tensors, and each has the spec's type and shape."""
     interface = spec.interface()
-    for kind, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-        found, expected = {value.name: value for value in values}, interface[kind]
+    for kind, found in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        expected = interface[kind]
         if sorted(found) != sorted(expected):
             raise UserError(f"{path} has {kind} {list(found)}; expected {list(expected)}")
         for name, tensor in expected.items():
-            dtype, shape = _DTYPES.get(found[name].type, found[name].type), found[name].shape
+            dtype, shape = found[name]
             if dtype != tensor["dtype"] or not _same_shape(shape, tensor["shape"]):
                 raise UserError(
                     f"{path}: {name} is {dtype} {shape}, but the file's own description says "

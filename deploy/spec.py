@@ -185,9 +185,12 @@ class ModelSpec:
             "resize": resize if self.min_size else "none",
         }
 
-    def to_json(self, path) -> None:
-        """Write the spec, and for readers its `interface`, as indented JSON with sorted keys."""
+    def to_json(self, path, engines: Sequence[Any] = ()) -> None:
+        """Write the spec, and for readers its `interface` and the `Engine`s that proved the graph,
+        as indented JSON with sorted keys."""
         values = {**asdict(self), "interface": self.interface()}
+        if engines:
+            values["verified_in"] = [str(engine) for engine in engines]
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 
@@ -196,7 +199,8 @@ class ModelSpec:
         """Read what `to_json` wrote. UserError for a missing, foreign or damaged file."""
         values = read_json(str(path), "model spec")
         if isinstance(values, dict):
-            for name in ("interface", "contract"):  # its name of before; it follows from the rest
+            # follows from the rest; its name of before; differs with what was installed
+            for name in ("interface", "contract", "verified_in"):
                 values.pop(name, None)
         return cls._from_dict(values, where=str(path))
 

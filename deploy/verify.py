@@ -4,7 +4,7 @@ import argparse
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import onnx
 
@@ -23,7 +23,9 @@ from deploy.reexport import (
     make_reference,
     read_graph,
 )
-from deploy.serving import time_limit
+from deploy.runtime import session_class
+from deploy.serving import engine, time_limit
+from deploy.serving.engine import installed
 from deploy.spec import ModelSpec
 
 _EXAMPLES = """examples:
@@ -43,6 +45,7 @@ def compare_with_checkpoint(
     images=None,
     dataset: Optional[Tuple[str, Optional[str]]] = None,
     max_ap_drop: float = 1.0,
+    engines: Sequence[str] = (),
 ) -> Tuple[Differences, Optional[VerifyReport]]:
     """Compare a file of ours with a checkpoint and print what is found.
 
@@ -52,11 +55,13 @@ def compare_with_checkpoint(
         images: folder of images to compare detections on, beside the built-in ones.
         dataset: (COCO-format JSON or registered name, folder of its images or None), to measure
             the AP that a reduced precision costs.  max_ap_drop: points, for int8.
+        engines: to run it in; without any, those that are installed.
     Returns:
         What differs, and the verification of the detections, None where the checkpoint's model
         predicts other tensors.
     Raises:
-        UserError: bad input; or int8 without a dataset, for nothing else can judge it.
+        UserError: bad input; int8 without a dataset, for nothing else can judge it; or an engine
+            that is not installed.
     """
     graph = read_graph(onnx_path)
     spec = graph.spec
@@ -64,6 +69,9 @@ def compare_with_checkpoint(
         raise UserError(f"{onnx_path} is int8: what that costs is seen in AP; give --dataset")
     if spec.precision == "fp32" and dataset:
         raise UserError(f"{onnx_path} is float32: --dataset is for what a precision costs")
+    engines = engines or installed()
+    for name in engines:
+        session_class(name)
     student = _load_as(spec, checkpoint, config_file)
     pixels = read_images(images, spec) if images else None
     data = load_dataset(*dataset) if dataset else None
@@ -71,8 +79,8 @@ def compare_with_checkpoint(
     reference = make_reference(graph, student)
     differences, report = compare_graph(graph, reference), None
     if differences.comparable:
-        loss = _ap_loss(graph, reference, data) if data else None
-        report = _judge(graph, student, pixels, loss, max_ap_drop)
+        measure = _ap_losses(graph, reference, data, engines[0]) if data else None
+        report = _judge(graph, student, pixels, measure, max_ap_drop, engines)
         print(report.table())
     return differences, report
 
@@ -99,18 +107,25 @@ def _heading(graph: Graph, student: Student, checkpoint) -> str:
     )
 
 
-def _judge(graph: Graph, student: Student, images, loss, max_ap_drop: float) -> VerifyReport:
+def _judge(
+    graph: Graph, student: Student, images, measure, max_ap_drop: float, engines: Sequence[str]
+) -> VerifyReport:
+    judged = student.model, graph.path, graph.spec, images
     if graph.spec.precision == "fp32":
-        return verify(student.model, graph.path, graph.spec, images)
-    return verify_reduced(student.model, graph.path, graph.spec, images, loss, max_ap_drop)
+        return verify(*judged, engines)
+    return verify_reduced(*judged, measure, max_ap_drop, engines)
 
 
-def _ap_loss(graph: Graph, reference: Reference, data: CocoData) -> ApLoss:
-    """AP of the file, and of the checkpoint's float32 graph."""
+def _ap_losses(
+    graph: Graph, reference: Reference, data: CocoData, first: str
+) -> Callable[[str], ApLoss]:
+    """AP of the file by engine, and of the checkpoint's float32 graph in the first."""
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(reference.single, Path(folder, "model.onnx"))
-        before = average_precision(Path(folder, "model.onnx"), data)
-    return ApLoss(data.name, len(data.images), before, average_precision(graph.path, data))
+        before = average_precision(Path(folder, "model.onnx"), data, first)
+    return lambda name: ApLoss(
+        data.name, len(data.images), before, average_precision(graph.path, data, name)
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -133,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="AP that int8 may lose to float32, of 100 (%(default)s)",
     )
+    text = "run the gates in this one only; again for more (default: each that is installed)"
+    engine.add_option(parser, text, action="append", default=[])
     time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -144,7 +161,13 @@ def run(argv: Optional[Sequence[str]]) -> int:
     warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     dataset = (args.dataset, args.images_root) if args.dataset else None
     differences, report = compare_with_checkpoint(
-        args.model, args.checkpoint, args.config_file, args.images, dataset, args.max_ap_drop
+        args.model,
+        args.checkpoint,
+        args.config_file,
+        args.images,
+        dataset,
+        args.max_ap_drop,
+        args.engine,
     )
     print(differences.text())
     reasons = [*differences.found]

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FGD, DEPLOY = ROOT / "projects" / "FGD" / "fgd", ROOT / "deploy"
 TRAINING = {"torch", "torchvision", "detectron2", "fvcore", "fgd", "timm"}
-STDLIB_ONLY = TRAINING | {"numpy", "PIL", "onnx", "onnxruntime", "pycocotools"}
+ENGINES = {"onnxruntime", "openvino"}
+STDLIB_ONLY = TRAINING | ENGINES | {"numpy", "PIL", "onnx", "pycocotools"}
 FORBIDDEN = {
     "fgd_inputs.coco": TRAINING | {"onnx", "onnxruntime", "deploy"},
     "fgd_inputs.image_files": TRAINING | {"onnx", "onnxruntime", "deploy"},
@@ -30,11 +31,14 @@ FORBIDDEN = {
     "deploy.triton_repository": TRAINING | {"onnx", "pycocotools"},
     "deploy.serving.paste": TRAINING | {"PIL", "onnx", "onnxruntime", "pycocotools"},
     "deploy.serving.draw": TRAINING | {"onnx", "onnxruntime", "pycocotools"},
-    "deploy.runtime": TRAINING | {"onnx", "pycocotools"},
-    "deploy.predict": TRAINING | {"onnx", "onnxruntime", "pycocotools"},  # of a server: no ORT
-    "deploy.evaluate": TRAINING | {"onnx"},
-    "deploy.label": TRAINING | {"onnx"},
-    "deploy.benchmark": TRAINING,
+    "deploy.runtime": TRAINING | ENGINES | {"onnx", "pycocotools"},  # imported when a graph is
+    "deploy.serving.ort_session": TRAINING | {"onnx", "openvino", "pycocotools"},
+    "deploy.serving.openvino_session": TRAINING
+    | {"onnx", "onnxruntime", "pycocotools", "openvino_telemetry"},
+    "deploy.predict": TRAINING | ENGINES | {"onnx", "pycocotools"},
+    "deploy.evaluate": TRAINING | ENGINES | {"onnx"},
+    "deploy.label": TRAINING | ENGINES | {"onnx"},
+    "deploy.benchmark": TRAINING | ENGINES,
     "deploy.trt_lint": TRAINING | {"onnxruntime"},
 }
 

@@ -1,8 +1,11 @@
-"""The two judges of a graph: Detectron2's own inference, and the network in double precision."""
+"""The two judges of a graph: Detectron2's own inference, and the network in double precision.
+
+Neither knows the graph's engine, so that one serves all of them.
+"""
 
 import copy
 from contextlib import contextmanager
-from typing import Dict, List
+from typing import Dict, Iterator, List, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from deploy.checks.matching import Found
 from deploy.checks.verify_images import Batch
-from deploy.graphs import exportable
+from deploy.graphs import exportable, exportable_class
 from deploy.graphs.convert import RAW
 from deploy.spec import OUTPUT_NAMES
 
@@ -28,6 +31,24 @@ def score_threshold(model: nn.Module, path: str, value: float):
         yield
     finally:
         setattr(owner, name, before)
+
+
+class Detectron2:
+    """What Detectron2 finds in some batches, inferred once for each score threshold."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]):
+        self.model, self.batches = model, batches
+        self._found: Dict[float, List[List[Found]]] = {}
+
+    def at(self, threshold: float) -> Iterator[List[Found]]:
+        """Of each batch in turn, per image."""
+        known = self._found.setdefault(threshold, [])
+        path = exportable_class(self.model).threshold_path
+        for i, batch in enumerate(self.batches):
+            if i == len(known):
+                with score_threshold(self.model, path, threshold):
+                    known.append(detectron2_detections(self.model, batch))
+            yield known[i]
 
 
 @torch.no_grad()

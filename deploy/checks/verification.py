@@ -15,19 +15,23 @@ from deploy.checks.graph_under_test import (
     detections,
 )
 from deploy.checks.matching import Decisions
-from deploy.checks.oracle import RawJudge, as_tensors, detectron2_detections, score_threshold
+from deploy.checks.oracle import Detectron2, RawJudge, as_tensors
 from deploy.checks.verify_images import Batch, verification_batches
-from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of
+from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gates_of, together
 from deploy.errors import ParityError
-from deploy.graphs import exportable_class
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.tensorrt.nms_rounds import Rounds
+from deploy.serving.engine import installed
 from deploy.serving.progress import show_progress
 from deploy.spec import ModelSpec, fills
 
 
 def verify(
-    model, onnx_path, spec: ModelSpec, images: Optional[Sequence[np.ndarray]] = None
+    model,
+    onnx_path,
+    spec: ModelSpec,
+    images: Optional[Sequence[np.ndarray]] = None,
+    engines: Sequence[str] = (),
 ) -> VerifyReport:
     """Compare a graph with Detectron2's inference and with the network in float64.
 
@@ -35,42 +39,47 @@ def verify(
         model: the Detectron2 student, with the score threshold that was exported.
         onnx_path: file written by `convert.to_onnx`.  spec: of it.
         images: more images to use, (h, w, 3) uint8, resized and ordered as the client does.
+        engines: to run it in, each of which must pass; without any, those that are installed.
     Returns:
         The report. Detections are compared at the spec's score threshold and at a tenth of it,
         where many more decisions are taken; at 0 too when fewer than `ENOUGH` matched. The lower
         ones are set in the model and in a copy of the graph alike.
     Raises:
-        UserError: ONNX Runtime cannot load the file.
+        UserError: an engine cannot load the file.
     """
-    graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
-    batches = verification_batches(spec, images)
-    tally, judge = Tally(), RawJudge(model)
-    pair = model, judge.single, graph
-    compare(tally, *pair, batches, spec, spec.score_threshold)
+    file, batches = onnx.load(onnx_path), verification_batches(spec, images)
+    detectron2, judge = Detectron2(model, batches), RawJudge(model)
+    return together(
+        _verify_in(GraphUnderTest(file, str(onnx_path), engine), detectron2, judge, spec)
+        for engine in engines or installed()
+    )
+
+
+def _verify_in(
+    graph: GraphUnderTest, detectron2: Detectron2, judge: RawJudge, spec: ModelSpec
+) -> VerifyReport:
+    tally, batches = Tally(), detectron2.batches
+    compare(tally, detectron2, judge.single, graph, spec, spec.score_threshold)
     at_threshold = tally.expected
-    compare(tally, *pair, batches, spec, spec.score_threshold / 10)
+    compare(tally, detectron2, judge.single, graph, spec, spec.score_threshold / 10)
     if tally.matched < ENOUGH and not tally.unmatched:
-        compare(tally, *pair, batches, spec, 0.0)
+        compare(tally, detectron2, judge.single, graph, spec, 0.0)
     rounds = Rounds()
     raw_errors, warnings = _raw_errors(judge, graph, batches, rounds)
     gates = gates_of(tally, raw_errors)
     broken = _broken(graph, batches, spec)
     verdict, explanation = decide(tally, gates, broken)
     count = sum(len(batch.images) for batch in batches)
-    report = VerifyReport(
-        verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
-    )
-    if spec.target == "tensorrt":
-        report.nms_rounds = rounds.needed
-    return report
+    report = verdict, explanation, count, at_threshold, tally, gates, raw_errors, broken, warnings
+    needed = rounds.needed if spec.target == "tensorrt" else None
+    return VerifyReport(*report, nms_rounds=needed, engine=graph.session.engine)
 
 
 def compare(
     tally: Tally,
-    model,
+    detectron2: Detectron2,
     detector: ExportableDetector,
     graph: GraphUnderTest,
-    batches: Sequence[Batch],
     spec: ModelSpec,
     threshold: float,
 ) -> None:
@@ -82,21 +91,22 @@ def compare(
     if threshold != spec.score_threshold:
         graph = graph.with_threshold(threshold)
     tally.thresholds.append(threshold)
-    with score_threshold(model, exportable_class(model).threshold_path, threshold):
-        for done, batch in enumerate(batches, 1):
-            outputs, raw = graph.run(batch)
-            broken = broken_shapes(outputs, batch, spec)
-            if broken:
-                raise ParityError(f"{graph.name} gives what it never should: {broken[0]}")
-            cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
-            for i, expected in enumerate(detectron2_detections(model, batch)):
-                lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
-                before = tally.unmatched
-                tally.add(expected, detections(outputs, i), lines)
-                canvas = batch.images.shape[2:]
-                if not fills(batch.image_sizes[i], canvas, spec.size_divisibility):
-                    tally.padded += tally.unmatched - before
-            show_progress(done, len(batches), f"batches at score threshold {threshold:g}")
+    batches = detectron2.batches
+    for done, (batch, found) in enumerate(zip(batches, detectron2.at(threshold)), 1):
+        outputs, raw = graph.run(batch)
+        broken = broken_shapes(outputs, batch, spec)
+        if broken:
+            raise ParityError(
+                f"in {graph.session.engine}, {graph.name} gives what it never should: {broken[0]}"
+            )
+        cuts = detector.cut_scores(as_tensors(raw), torch.from_numpy(batch.image_sizes))
+        for i, expected in enumerate(found):
+            lines = Decisions(threshold, spec.nms_threshold, spec.max_detections, cuts[i])
+            before = tally.unmatched
+            tally.add(expected, detections(outputs, i), lines)
+            if not fills(batch.image_sizes[i], batch.images.shape[2:], spec.size_divisibility):
+                tally.padded += tally.unmatched - before
+        show_progress(done, len(batches), f"batches at score threshold {threshold:g}")
 
 
 def _broken(graph: GraphUnderTest, batches: Sequence[Batch], spec: ModelSpec) -> List[str]:

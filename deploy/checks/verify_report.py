@@ -1,13 +1,14 @@
 """What a verification found, its gates, and the verdict."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Dict, List, Optional, Tuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
 from deploy.checks.matching import MARGIN, Decisions, Found, excuse, match_detections
 from deploy.graphs.common import FEATURES
 from deploy.graphs.tensorrt.nms_rounds import ROUNDS
+from deploy.serving.engine import Engine
 
 MATCHED, BOX_PIXELS, SCORE, MASK = 0.995, 0.01, 1e-4, 1e-3  # gates for float32
 RAW_RATIO = 2.0  # the graph's error to float64, as a multiple of torch's
@@ -95,6 +96,8 @@ class VerifyReport:
     broken: List[str]  # what the spec promises
     warnings: List[str]
     nms_rounds: Optional[int] = None  # of static NMS that the images needed; None without
+    engine: Optional[Engine] = None  # that ran the graph
+    others: List["VerifyReport"] = field(default_factory=list)  # in which other engines passed
 
     @property
     def passed(self) -> bool:
@@ -102,14 +105,20 @@ class VerifyReport:
 
     def to_dict(self) -> Dict:
         """For report.json; NaN and infinity, which JSON lacks, as text."""
-        return _json_ready({"passed": self.passed, **asdict(self)})
+        others = [report.to_dict() for report in self.others]
+        return _json_ready({"passed": self.passed, **asdict(self), "others": others})
+
+    @property
+    def engines(self) -> List[Engine]:
+        """All in which the graph was run."""
+        return [self.engine, *(report.engine for report in self.others)]
 
     def table(self) -> str:
-        """Text: what was compared, one row per gate, then the verdict."""
-        tally = self.tally
-        lines = [
-            f"{self.images} images, {self.at_threshold} detections; at score thresholds "
-            f"{', '.join(f'{t:g}' for t in tally.thresholds)} together {tally.expected}: "
+        """Text: what was compared, one row per gate, then the verdict; of each engine."""
+        tally, thresholds = self.tally, ", ".join(f"{t:g}" for t in self.tally.thresholds)
+        lines = [report.table() for report in self.others] + [
+            f"{self.engine}: {self.images} images, {self.at_threshold} detections; at score "
+            f"thresholds {thresholds} together {tally.expected}: "
             f"{tally.matched} matched, {tally.excused} unmatched within rounding of a decision, "
             f"{tally.unmatched} unmatched"
         ]
@@ -120,6 +129,23 @@ class VerifyReport:
             lines.append(f"  rounds of static NMS that were needed {self.nms_rounds} of {ROUNDS}")
         lines += [*self.broken[:5], *self.warnings, f"{self.verdict}: {self.explanation}"]
         return "\n".join(lines)
+
+
+def together(reports: Iterable[VerifyReport]) -> VerifyReport:
+    """One report of one graph in several engines: the first that did not pass, else the first.
+
+    Engines behind one that did not pass are not tried.
+    """
+    passed = []
+    for report in reports:
+        if not report.passed:
+            report.explanation = f"in {report.engine}, {report.explanation}"
+            return replace(report, others=passed)
+        passed.append(report)
+    first, *others = passed
+    names = [str(report.engine) for report in passed]
+    where = " and ".join(names) if others else f"one engine, {names[0]}"
+    return replace(first, explanation=f"{first.explanation}, in {where}", others=others)
 
 
 def _json_ready(value):

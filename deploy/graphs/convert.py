@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from deploy.errors import ParityError
-from deploy.graphs.common import ExportableDetector
+from deploy.graphs.common import FEATURES, ExportableDetector
 from deploy.graphs.ops import TRANSLATIONS
 from deploy.graphs.tensorrt.static_ops import STATIC_TRANSLATIONS
 from deploy.spec import INPUT_NAMES, OUTPUT_NAMES, ModelSpec
@@ -100,9 +100,11 @@ def _strip(model: onnx.ModelProto) -> None:
     model.producer_name, model.producer_version = "fgd", ""
 
 
-def expose_raw(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the same graph whose raw predictions are outputs too, after its own."""
+def expose_raw(model: onnx.ModelProto, features: bool = True) -> onnx.ModelProto:
+    """A copy of the same graph whose raw predictions are outputs too, after its own, and what they
+    are predicted from, unless `features` is False."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    copy.graph.output.extend(v for v in model.graph.value_info if v.name.startswith(RAW))
+    raw = [v for v in model.graph.value_info if v.name.startswith(RAW)]
+    copy.graph.output.extend(v for v in raw if features or not v.name.startswith(RAW + FEATURES))
     return copy

@@ -8,7 +8,7 @@ import numpy as np
 
 from deploy.coco_ap import Result
 from deploy.errors import UserError
-from deploy.runtime import OrtDetector
+from deploy.runtime import GraphDetector
 from deploy.serving.paste import encode_rle
 
 
@@ -34,10 +34,10 @@ class Teacher(ABC):
 
 
 class GraphTeacher(Teacher):
-    """An .onnx file of deploy/export.py in ONNX Runtime; see `OrtDetector`."""
+    """An .onnx file of deploy/export.py in ONNX Runtime; see `GraphDetector`."""
 
     def __init__(self, path: str, device: str = "cpu"):
-        self._detector = OrtDetector(path, [device])
+        self._detector = GraphDetector(path, [device])
         self.name, self.sha256 = path, self._detector.sha256
         self.classes = self._detector.spec.classes
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -90,12 +91,10 @@ class Inputs:
             print(f"AP on {len(self.data.images)} images of {self.data.name}: {self.single_ap:.2f}")
         return {"dataset": self.data.name, "images": len(self.data.images), "ap": self.single_ap}
 
-    def loss(self, single, reduced) -> Optional[ApLoss]:
-        """AP of both files; None without a dataset."""
-        if self.data is None:
-            return None
+    def loss(self, single, reduced, engine: str) -> ApLoss:
+        """AP of both files, of the reduced one in an engine. There must be a dataset."""
         before = self.single(single)["ap"]
-        ap = average_precision(reduced, self.data)
+        ap = average_precision(reduced, self.data, engine)
         return ApLoss(self.data.name, len(self.data.images), before, ap)
 
 
@@ -137,19 +136,19 @@ def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images
     spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
     name = f"model.{spec.precision}"
     with unnamed(output / f"{name}.onnx", content) as temporary:
-        loss = inputs.loss(output / "model.onnx", temporary)
+        measure = partial(inputs.loss, output / "model.onnx", temporary) if inputs.data else None
         drop = inputs.wanted.max_ap_drop
-        report = verify_reduced(student.model, temporary, spec, images, loss, drop)
+        report = verify_reduced(student.model, temporary, spec, images, measure, drop)
         print(f"{spec.precision}: {report.table()}")
         if report.passed:
-            spec.to_json(output / f"{name}.json")
+            spec.to_json(output / f"{name}.json", report.engines)
         final = output / (f"{name}.onnx" if report.passed else f"{name}.failed.onnx")
         os.replace(temporary, final)
         print(f"written: {final} ({len(content) / 1e6:.1f} MB)")
     return {
         "graph_sha256": spec.hashes["graph_sha256"],
         "bytes": len(content),
-        "ap": loss.to_dict() if loss else None,
+        "ap": report.loss.to_dict() if report.loss else None,
         "max_ap_drop": drop,
         "layers": _inventory(model),
         "verification": report.to_dict(),

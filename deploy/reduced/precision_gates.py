@@ -1,7 +1,7 @@
 """What a float16 or int8 graph must keep: the spec, the detections (fp16), and its AP."""
 
 from dataclasses import asdict, dataclass
-from typing import Dict, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import numpy as np
 import onnx
@@ -13,28 +13,22 @@ from deploy.checks.graph_under_test import (
     broken_target,
 )
 from deploy.checks.matching import Decisions, Found, match_detections
+from deploy.checks.oracle import Detectron2
 from deploy.checks.verification import compare
 from deploy.checks.verify_images import verification_batches
-from deploy.checks.verify_report import ENOUGH, Gate, Tally, VerifyReport
+from deploy.checks.verify_report import ENOUGH, Gate, Tally, VerifyReport, together
 from deploy.coco_data import CocoData
 from deploy.evaluate import evaluate_graph
 from deploy.graphs import exportable
 from deploy.reduced.layers import check_precision
-from deploy.runtime import OrtDetector
+from deploy.runtime import load
+from deploy.serving.engine import installed
 from deploy.spec import ModelSpec
 
 CLOSE = 0.99  # of Detectron2's detections, that float16 finds within these bounds:
 BOX_PIXELS, SCORE, MASK = 0.5, 5e-3, 2e-2
 HALF_AP_DROP = 0.2  # points; int8 has the user's bound
 _KEPT = "within its gates"
-
-
-class ReducedReport(VerifyReport):
-    """As `VerifyReport`; the verdict of a graph that passed is "within its gates"."""
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict == _KEPT
 
 
 @dataclass
@@ -61,7 +55,8 @@ class HalfTally(Tally):
 
 @dataclass
 class ApLoss:
-    """COCO AP in points of 100, of the float32 graph and of this one on the same images."""
+    """COCO AP in points of 100, of the float32 graph in the first engine and of this one in any, on
+    the same images."""
 
     dataset: str
     images: int
@@ -88,9 +83,20 @@ class ApLoss:
         )
 
 
-def average_precision(path, data: CocoData) -> float:
+@dataclass
+class ReducedReport(VerifyReport):
+    """As `VerifyReport`; the verdict of a graph that passed is "within its gates"."""
+
+    loss: Optional[ApLoss] = None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == _KEPT
+
+
+def average_precision(path, data: CocoData, engine: str = "onnxruntime") -> float:
     """AP in points of a graph, as the evaluate command measures it; 0 where it is undefined."""
-    return float(np.nan_to_num(evaluate_graph(OrtDetector(path), data)[0]["AP"]))
+    return float(np.nan_to_num(evaluate_graph(load(path, engine), data)[0]["AP"]))
 
 
 def verify_reduced(
@@ -98,24 +104,46 @@ def verify_reduced(
     onnx_path,
     spec: ModelSpec,
     images: Optional[Sequence[np.ndarray]],
-    loss: Optional[ApLoss],
+    measure: Optional[Callable[[str], ApLoss]],
     max_ap_drop: float,
+    engines: Sequence[str] = (),
 ) -> ReducedReport:
     """Judge a graph of less precision.
 
     Args:
-        model, onnx_path, spec, images: as `verify.verify`; `spec.precision` is what is claimed.
-        loss: of AP; None only for float16, whose detections are then matched alone.
-        max_ap_drop: points, for `loss`.
+        model, onnx_path, spec, images, engines: as `verification.verify`; `spec.precision` is what
+            is claimed.
+        measure: the loss of AP in an engine; None only for float16, whose detections are then
+            matched alone.
+        max_ap_drop: points, for what it measures.
     Raises:
         UserError: the graph has not the precision it claims, or does not load.
     """
-    graph = GraphUnderTest(onnx.load(onnx_path), str(onnx_path))
-    check_precision(graph.model, spec.precision, str(onnx_path))
-    batches = verification_batches(spec, images)
-    half = spec.precision == "fp16"
-    tally = HalfTally() if half else Tally()
-    compare(tally, model, exportable(model), graph, batches, spec, spec.score_threshold)
+    file = onnx.load(onnx_path)
+    check_precision(file, spec.precision, str(onnx_path))
+    detectron2 = Detectron2(model, verification_batches(spec, images))
+    return together(
+        _verify_in(
+            GraphUnderTest(file, str(onnx_path), engine, spec.precision),
+            detectron2,
+            spec,
+            measure(engine) if measure else None,
+            max_ap_drop,
+        )
+        for engine in engines or installed()
+    )
+
+
+def _verify_in(
+    graph: GraphUnderTest,
+    detectron2: Detectron2,
+    spec: ModelSpec,
+    loss: Optional[ApLoss],
+    max_ap_drop: float,
+) -> ReducedReport:
+    half, batches = spec.precision == "fp16", detectron2.batches
+    tally, detector = HalfTally() if half else Tally(), exportable(detectron2.model)
+    compare(tally, detectron2, detector, graph, spec, spec.score_threshold)
     broken = [
         text for batch in batches for text in broken_promises(graph.run(batch)[0], batch, spec)
     ]
@@ -131,7 +159,8 @@ def verify_reduced(
         gates.append(Gate("AP loss (points)", loss.points, f"<= {bound:g}", loss.points <= bound))
     verdict, explanation = _decide(tally if half else None, gates, broken, loss, max_ap_drop)
     count = sum(len(batch.images) for batch in batches)
-    return ReducedReport(verdict, explanation, count, tally.expected, tally, gates, {}, broken, [])
+    report = verdict, explanation, count, tally.expected, tally, gates, {}, broken, []
+    return ReducedReport(*report, engine=graph.session.engine, loss=loss)
 
 
 def _decide(tally, gates, broken, loss, max_ap_drop):

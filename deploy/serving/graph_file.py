@@ -70,21 +70,31 @@ def _is_complete(content: bytes) -> bool:
     Raises:
         ValueError, IndexError: it does not end where it says.
     """
+    return not any(
+        number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value)
+        for kind, message in messages(content)
+        if kind == "TensorProto"
+        for number, value in fields(message)
+    )
+
+
+def messages(content: bytes) -> Iterator[Tuple[str, memoryview]]:
+    """Every message of a serialised ModelProto where tensors can be, subgraphs' too, by its type.
+
+    Raises:
+        ValueError, IndexError: one does not end where it says.
+    """
     waiting: List[Tuple[str, memoryview]] = [("ModelProto", memoryview(content))]
     while waiting:
-        message, inside = waiting.pop()
-        for number, value in _fields(inside):
-            if message == "TensorProto" and (
-                number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value)
-            ):
-                return False
-            kind = _INSIDE[message].get(number)
-            if kind and isinstance(value, memoryview):
-                waiting.append((kind, value))
-    return True
+        kind, message = waiting.pop()
+        yield kind, message
+        for number, value in fields(message):
+            inside = _INSIDE[kind].get(number)
+            if inside and isinstance(value, memoryview):
+                waiting.append((inside, value))
 
 
-def _fields(message: memoryview) -> Iterator[Tuple[int, Union[int, memoryview]]]:
+def fields(message: memoryview) -> Iterator[Tuple[int, Union[int, memoryview]]]:
     """Number and value of each field; of those of fixed size the value is not read."""
     position = 0
     while position < len(message):

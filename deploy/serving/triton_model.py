@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from deploy.errors import UserError
-from deploy.runtime import OrtDetector
+from deploy.runtime import GraphDetector
 from deploy.serving.graph_file import read_graph_file
 from deploy.spec import ModelSpec
 
@@ -63,7 +63,7 @@ def served_model(
         raise UserError(f"model name {name!r}: use letters, digits, '_', '-' and '.'")
     if instances < 1:
         raise UserError(f"--instances is {instances}, expected 1 or more")
-    detector = OrtDetector(model)  # compares every tensor's name, type and shape with the spec
+    detector = GraphDetector(model)  # compares every tensor's name, type and shape with the spec
     spec = detector.spec
     if any(len(label.splitlines()) != 1 for label in spec.classes):
         raise UserError(f"a class name is empty or has a line break: {spec.classes}")

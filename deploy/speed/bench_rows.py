@@ -1,7 +1,7 @@
 """What a benchmark can time: exported graphs, and the same student run in other ways.
 
 A `Contender` says what to load, and can be sent to another process; a `Runner` is it, loaded.
-Needs numpy, onnxruntime and onnx.
+Needs numpy, onnx and the engines.
 """
 
 from abc import ABC, abstractmethod
@@ -11,11 +11,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from deploy.errors import UserError
-from deploy.runtime import OrtDetector, open_session
-from deploy.serving.bounded_run import run_session
+from deploy.runtime import GraphDetector, open_session
+from deploy.serving.engine import Session
 from deploy.serving.preprocess import make_batch, prepare
 from deploy.spec import INPUT_NAMES, ModelSpec
 from deploy.speed.subgraph import network_only
@@ -39,12 +38,14 @@ class Contender:
 
     kind: `GRAPH`, or a key of `BASELINES`.  path: the .onnx file; of a baseline the checkpoint, or
     the file that Detectron2's tracing made of it.  spec: how images are prepared for it.
+    engine: that runs a graph.
     """
 
     name: str
     kind: str
     path: Path
     spec: ModelSpec
+    engine: str = "onnxruntime"
 
 
 class Runner(ABC):
@@ -66,9 +67,9 @@ class Runner(ABC):
 
 
 class GraphRunner(Runner):
-    """Resized pixels to detections, in ONNX Runtime."""
+    """Resized pixels to detections."""
 
-    def __init__(self, detector: OrtDetector):
+    def __init__(self, detector: GraphDetector):
         self.detector, self.max_batch = detector, detector.max_batch
 
     def call(self, images):
@@ -81,11 +82,11 @@ class GraphRunner(Runner):
 class NetworkRunner(Runner):
     """The same graph without decoding and NMS behind the heads."""
 
-    def __init__(self, detector: OrtDetector, threads: int):
+    def __init__(self, detector: GraphDetector, threads: int):
         self.detector, self.max_batch = detector, detector.max_batch
         content = network_only(onnx.load(detector.path)).SerializeToString()
-        providers = detector.session.get_providers()
-        self.session = open_session(content, f"{detector.path}, cut", providers, threads)
+        name, whole = f"{detector.path}, cut", detector.session
+        self.session = open_session(content, name, whole.providers, threads, whole.engine.name)
 
     def call(self, images):
         return bound_call(self.session, _feed(images, self.detector.spec))
@@ -97,7 +98,7 @@ class NetworkRunner(Runner):
 class ClientRunner(Runner):
     """Decoded image to detections: resizing and scaling back included."""
 
-    def __init__(self, detector: OrtDetector):
+    def __init__(self, detector: GraphDetector):
         self.detector, self.max_batch = detector, detector.max_batch
 
     def call(self, images):
@@ -122,7 +123,7 @@ class LegacyRunner(Runner):
 
     def call(self, images):
         pixels = prepare(images[0], self.spec).transpose(2, 0, 1)
-        (name,) = (value.name for value in self.session.get_inputs())
+        (name,) = (value.name for value in self.session.ort.get_inputs())
         return bound_call(self.session, {name: np.ascontiguousarray(pixels)})
 
     def count(self, result):
@@ -134,22 +135,22 @@ def _feed(images: Images, spec: ModelSpec) -> Dict[str, np.ndarray]:
     return dict(zip(INPUT_NAMES, batch, strict=True))
 
 
-def bound_call(session: ort.InferenceSession, feed: Dict[str, np.ndarray]) -> Call:
+def bound_call(session: Session, feed: Dict[str, np.ndarray]) -> Call:
     """A function that runs the session on `feed` and returns its outputs by name, as arrays.
 
-    On a GPU through IO binding: inputs are copied into buffers that stay there between calls, and
-    outputs come back once, at the end; both copies are inside the call.
+    On a GPU through ONNX Runtime's IO binding: inputs are copied into buffers that stay there
+    between calls, and outputs come back once, at the end; both copies are inside the call.
     """
-    names = [value.name for value in session.get_outputs()]
-    if session.get_providers() == ["CPUExecutionProvider"]:
-        return lambda: dict(zip(names, run_session(session, names, feed, "the graph"), strict=True))
+    if session.providers[0].startswith("CPU"):
+        return lambda: session.run(feed)
     return binding_call(session, feed, "cuda")
 
 
-def binding_call(session: ort.InferenceSession, feed: Dict[str, np.ndarray], device: str) -> Call:
+def binding_call(session: Session, feed: Dict[str, np.ndarray], device: str) -> Call:
     """`bound_call` by IO binding, on "cuda" or "cpu"."""
-    names = [value.name for value in session.get_outputs()]
-    binding = session.io_binding()
+    import onnxruntime as ort
+
+    names, binding = session.output_names, session.ort.io_binding()
     buffers = {
         name: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in feed.items()
     }
@@ -161,7 +162,7 @@ def binding_call(session: ort.InferenceSession, feed: Dict[str, np.ndarray], dev
     def run():
         for name, value in feed.items():
             buffers[name].update_inplace(value)
-        session.run_with_iobinding(binding)
+        session.ort.run_with_iobinding(binding)
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
 
     return run

@@ -1,6 +1,6 @@
 """One benchmark: every contender measured alone, then all of them timed in alternation.
 
-Needs numpy, Pillow, onnxruntime and onnx; Detectron2 only where a checkpoint is compared.
+Needs numpy, Pillow, the engines and onnx; Detectron2 only where a checkpoint is compared.
 """
 
 import math
@@ -16,7 +16,8 @@ from deploy.coco_data import CocoData
 from deploy.errors import UserError
 from deploy.evaluate import evaluate_eager, evaluate_graph
 from deploy.reduced.layers import check_precision
-from deploy.runtime import OrtDetector
+from deploy.runtime import GraphDetector
+from deploy.serving.engine import ENGINES
 from deploy.speed.bench_rows import (
     BASELINES,
     CLIENT,
@@ -77,7 +78,7 @@ class _Run:
 
 
 def benchmark(
-    detectors: Sequence[OrtDetector],
+    detectors: Sequence[GraphDetector],
     images: Sequence[np.ndarray],
     checkpoint=None,
     settings: Optional[Settings] = None,
@@ -86,7 +87,8 @@ def benchmark(
     """Measure graphs, and the student they were exported from.
 
     Args:
-        detectors: at least one, made with the provider and threads of the settings.
+        detectors: at least one, made with the provider and threads of the settings; each graph in
+            each of the engines.
         images: (H, W, 3) uint8 BGR; used in turn to fill the batches.
         checkpoint: of the first graph's student, for the baselines; None leaves those out.
         data: measure AP on it, of the graphs and of Detectron2 eager.
@@ -107,10 +109,10 @@ def benchmark(
         if checkpoint:
             for kind in run.settings.baselines:
                 _add_baseline(run, kind, checkpoint, detectors[0], folder)
-        for detector, name in zip(detectors, short_names([d.path for d in detectors]), strict=True):
+        for detector, name in zip(detectors, _names(detectors), strict=True):
             _add_graph(run, detector, name)
         rows, timings = _time(run)
-    providers = detectors[0].session.get_providers()
+    providers = detectors[0].session.providers
     threads = run.settings.threads
     return {
         "machine": machine,
@@ -127,10 +129,23 @@ def benchmark(
     }
 
 
-def _add_graph(run: _Run, detector: OrtDetector, name: str) -> None:
+def _names(detectors: Sequence[GraphDetector]) -> List[str]:
+    """What to call them: by their files, and by the engine where that is not ONNX Runtime."""
+    engines = [detector.session.engine.name for detector in detectors]
+    paths = [d.path for d, engine in zip(detectors, engines) if engine == engines[0]]
+    short = dict(zip(paths, short_names(paths), strict=True))
+    return [
+        short[detector.path] + ("" if engine == "onnxruntime" else f", {ENGINES[engine]}")
+        for detector, engine in zip(detectors, engines)
+    ]
+
+
+def _add_graph(run: _Run, detector: GraphDetector, name: str) -> None:
     check_precision(onnx.load(detector.path), detector.spec.precision, str(detector.path))
-    contender = Contender(name, GRAPH, detector.path, detector.spec)
-    runner = _enter(run, contender, graph_sha256=detector.sha256, precision=detector.spec.precision)
+    engine, precision = detector.session.engine, detector.spec.precision
+    contender = Contender(name, GRAPH, detector.path, detector.spec, engine.name)
+    facts = {"graph_sha256": detector.sha256, "precision": precision, "engine": str(engine)}
+    runner = _enter(run, contender, **facts)
     cut = NetworkRunner(detector, run.settings.threads)
     run.rows += [
         _Row(name, GRAPH, runner),
@@ -139,7 +154,7 @@ def _add_graph(run: _Run, detector: OrtDetector, name: str) -> None:
     ]
 
 
-def _add_baseline(run: _Run, kind: str, checkpoint, first: OrtDetector, folder) -> None:
+def _add_baseline(run: _Run, kind: str, checkpoint, first: GraphDetector, folder) -> None:
     try:
         path = Path(checkpoint)
         if kind in (SCRIPT, LEGACY):

@@ -8,7 +8,7 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
-from deploy.runtime import OrtDetector
+from deploy import runtime
 from deploy.serving import time_limit
 from deploy.speed.bench_rows import GRAPH, LEGACY, Contender, GraphRunner, LegacyRunner, Runner
 from deploy.speed.timing import peak_memory
@@ -17,7 +17,8 @@ from deploy.speed.timing import peak_memory
 def load(contender: Contender, provider: str, threads: int) -> Runner:
     """Raises UserError, or whatever PyTorch raises where it cannot run this kind."""
     if contender.kind == GRAPH:
-        return GraphRunner(OrtDetector(contender.path, [provider], threads))
+        options = {"providers": [provider], "threads": threads}
+        return GraphRunner(runtime.load(contender.path, contender.engine, **options))
     if contender.kind == LEGACY:
         return LegacyRunner(contender.path, contender.spec, provider, threads)
     from deploy.speed.baselines import load_baseline  # imports PyTorch
@@ -61,8 +62,11 @@ def reason(error: BaseException) -> str:
 
 
 def _load_and_run(contender, provider, threads, images) -> Dict[str, Any]:
-    if contender.kind not in (GRAPH, LEGACY):
-        import deploy.speed.baselines  # noqa: F401  what it takes to import is not part of loading
+    # what it takes to import is not part of loading
+    if contender.kind in (GRAPH, LEGACY):
+        runtime.session_class(contender.engine)
+    else:
+        import deploy.speed.baselines  # noqa: F401
     libraries, start = peak_memory(), time.perf_counter()
     runner = load(contender, provider, threads)
     loaded = time.perf_counter()

@@ -13,7 +13,8 @@ import numpy as np
 
 from deploy.serving.progress import show_progress
 
-_LIBRARIES = ("numpy", "Pillow", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "detectron2")
+_LIBRARIES = ("numpy", "Pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "torch")
+_LIBRARIES += ("detectron2",)
 _MAX_SPREAD = 1.2  # p90 / p50 on a quiet machine stays well below
 _MIN_CPU_SHARE = 0.9  # process CPU time / wall time; less means waiting for others
 

@@ -69,6 +69,23 @@ def test_report_of_two_graphs_without_checkpoint(model, tmp_path, capsys):
     assert "other.onnx" in (tmp_path / "benchmark.html").read_text()
 
 
+def test_both_engines_are_timed_in_one_run(model, tmp_path, capsys):
+    engines = ("--engine", "onnxruntime", "--engine", "openvino")
+    data = write_dataset(tmp_path / "data")
+    assert run(model, *engines, "--batch-sizes", 2, "--dataset", data, *QUICK) == 0
+    report = read(tmp_path)
+    names = ["model.onnx", "model.onnx, OpenVINO"]
+    parts = ("", ", network only", ", from image")
+    assert [row["row"] for row in report["rows"]] == [n + part for n in names for part in parts]
+    assert [row["found"] for row in report["rows"]] == [6, None, 6] * 2
+    first, second = report["contenders"]
+    assert [first["name"], second["name"]] == names and second["engine"].startswith("OpenVINO 20")
+    assert first["ap"] == second["ap"] == pytest.approx({"AP": 100, "AP50": 100})
+    assert second["peak_mib"] > second["libraries_mib"] > 10
+    assert report["machine"]["versions"]["openvino"] in second["engine"]
+    assert "| model.onnx, OpenVINO" in capsys.readouterr().out
+
+
 def test_own_images_are_used_and_ap_is_measured(model, tmp_path):
     Image.new("RGB", (48, 64)).save(tmp_path / "a.png")
     data = write_dataset(tmp_path / "data")  # holds what the graph finds

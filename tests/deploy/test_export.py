@@ -78,7 +78,16 @@ def test_a_bare_checkpoint_gives_three_files_that_agree(arch, exported):
         "checkpoint": {"sha256": hashlib.sha256(checkpoint).hexdigest(), "iterations": None},
         "graph": {"sha256": hashlib.sha256(content).hexdigest()},
     }
-    assert report["ap"] is None and {"python", "torch", "onnxruntime"} <= report["versions"].keys()
+    versions = report["versions"]
+    assert report["ap"] is None and {"python", "torch"} <= versions.keys()
+    # each engine that proved it, here and in model.json
+    proofs = [report["verification"], *report["verification"]["others"]]
+    engines = [proof["engine"] for proof in proofs]
+    assert engines == [{"name": x, "version": versions[x]} for x in ("onnxruntime", "openvino")]
+    assert all(proof["passed"] and proof["tally"]["matched"] > 100 for proof in proofs)
+    proved = [f"ONNX Runtime {versions['onnxruntime']}", f"OpenVINO {versions['openvino']}"]
+    assert json.loads((folder / "model.json").read_text())["verified_in"] == proved
+    assert report["verification"]["explanation"].endswith(f", in {' and '.join(proved)}")
     errors = report["verification"]["raw_errors"]
     levels = "34567" if arch == "RetinaNet" else "23456"
     assert [n for n in errors if n.startswith("feat")] == [f"features.p{i}" for i in levels]

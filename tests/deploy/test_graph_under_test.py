@@ -56,6 +56,8 @@ def test_graphs_that_hide_or_spread_nan_are_named(name, rows, message):
     """A graph that does all right but one thing."""
 
     class Stub:
+        carries_nan = True
+
         def run(self, batch):
             bad = np.isnan(batch.images).any(axis=(1, 2, 3))
             outputs = {

@@ -50,13 +50,16 @@ def test_a_cell_is_yes_only_if_it_was_verified(run, tmp_path, capsys):
     assert code == 0
     outcomes = {name: [c["outcome"] for c in row.values()] for name, row in found["rows"].items()}
     assert outcomes == {"Mask R-CNN": ["yes", "yes"], "FCOS": ["failed", "yes"]}
-    masks = found["rows"]["Mask R-CNN"]["static"]["verification"]
+    masks_cell = found["rows"]["Mask R-CNN"]["static"]
+    masks = masks_cell["verification"]
     assert masks["matched"] == masks["expected"] > 200 and masks["mask_error"] < 1e-3
     assert found["rows"]["FCOS"]["static"]["reason"].startswith("the graph differs: ")
     text = (tmp_path / "matrix.md").read_text()
     assert "| | static | dynamic batch |\n| --- | --- | --- |\n| Mask R-CNN | yes | yes |" in text
     assert "| FCOS | failed | yes |" in text and "- FCOS, static: failed: the graph differs" in text
     assert text in capsys.readouterr().out and "torch" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("- yes: in ONNX Runtime ")]
+    assert " and in OpenVINO 20" in line and len(masks_cell["engines"]) == 2
     for name, column in (("mask_r_cnn", "static"), ("fcos", "dynamic_batch")):
         shape = onnx.load(tmp_path / name / column / "model.onnx").graph.input[0].type.tensor_type
         assert bool(shape.shape.dim[0].dim_param) == (column == "dynamic_batch")

@@ -87,6 +87,11 @@ def test_both_precisions_beside_the_float32_graph(export, int8_options, dataset,
         assert entry["verification"]["passed"] and entry["ap"]["images"] == 6
         assert entry["ap"]["single"] > 50
         assert entry["ap"]["loss_points"] == entry["ap"]["single"] - entry["ap"]["reduced"]
+        (other,) = entry["verification"]["others"]
+        assert other["passed"] and other["engine"]["name"] == "openvino"
+        assert other["loss"]["reduced"] == pytest.approx(entry["ap"]["reduced"], abs=3)
+        tallies = [proof["tally"]["matched"] for proof in (other, entry["verification"])]
+        assert min(tallies) > 0.9 * max(tallies) > 100
     assert report["fp16"]["layers"]["float"] == {} and set(report["fp16"]["layers"]["values"]) == {
         "fp16"
     }

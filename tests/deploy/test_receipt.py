@@ -10,6 +10,7 @@ from deploy.receipt import (
     origin_of,
     which_checkpoint,
 )
+from deploy.serving.engine import Engine
 
 TEACHER = {"weights": "output/teacher/model_final.pth", "sha256": "ab" * 32}
 
@@ -53,5 +54,8 @@ def test_the_best_checkpoint_of_a_run_says_its_iteration_and_figure():
 
 
 def test_environment_names_what_judged_the_graph():
-    found = environment({"torch": "2.11.0"})
-    assert set(found) == {"python", "torch", "onnxruntime"} and found["onnxruntime"][0].isdigit()
+    found = environment(
+        {"torch": "2.11.0"}, [Engine("onnxruntime", "1.31.1"), Engine("openvino", "9")]
+    )
+    assert found.pop("python")[0] == "3"
+    assert found == {"torch": "2.11.0", "onnxruntime": "1.31.1", "openvino": "9"}

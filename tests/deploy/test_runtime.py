@@ -297,13 +297,13 @@ def test_absent_providers_are_errors_not_cpu_runs(model, provider, monkeypatch):
 
 def test_used_provider_is_compared_with_the_wanted_one(model, monkeypatch):
     """A build that lists CUDA but falls back: what an onnxruntime-gpu does on a bare machine."""
-    from deploy import runtime
+    from deploy.serving import ort_session
 
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    real = runtime.ort.InferenceSession
-    monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: listed)
+    real = ort_session.ort.InferenceSession
+    monkeypatch.setattr(ort_session.ort, "get_available_providers", lambda: listed)
     monkeypatch.setattr(
-        runtime.ort,
+        ort_session.ort,
         "InferenceSession",
         lambda *args, providers, **kwargs: real(*args, providers=listed[1:], **kwargs),
     )

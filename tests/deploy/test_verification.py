@@ -8,8 +8,10 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from deploy.checks import oracle
 from deploy.checks.verification import verify
-from deploy.checks.verify_images import draw_scene
+from deploy.checks.verify_images import draw_scene, verification_batches
+from deploy.serving.openvino_session import OpenVinoSession
 
 from .conftest import ARCHITECTURES
 
@@ -104,7 +106,39 @@ def test_the_exported_graph_passes_with_room_to_spare(arch, exported):
     assert tally.matched == tally.expected > 1.5 * report.at_threshold > 200
     assert tally.box_error < 2e-3 and tally.score_error < 5e-5
     assert report.images >= 40 and not report.broken and not report.warnings
+    (other,) = report.others
+    assert (report.engine.name, other.engine.name) == ("onnxruntime", "openvino")
+    assert other.passed and other.tally.expected == tally.expected and not other.tally.unmatched
+    assert other.tally.matched > 0.999 * tally.matched
+    assert 0 < other.tally.box_error < 2e-3 and other.tally.score_error < 5e-5
     assert "FAIL" not in report.table() and "equal" in report.table()
+
+
+def test_a_fault_of_one_engine_is_that_engines(exported, monkeypatch):
+    """Boxes moved by a tenth of a pixel, in OpenVINO alone. Detectron2 is asked once for both."""
+    made, asked = exported("RetinaNet"), []
+    run, infer = OpenVinoSession.run, oracle.detectron2_detections
+
+    def moved(self, feed):
+        found = run(self, feed)
+        return {**found, "boxes": found["boxes"] + np.float32(0.1) * (found["boxes"] > 1)}
+
+    monkeypatch.setattr(OpenVinoSession, "run", moved)
+    monkeypatch.setattr(
+        oracle, "detectron2_detections", lambda *args: asked.append(1) or infer(*args)
+    )
+    report = verify(made.model, made.path, made.spec)
+    batches = len(verification_batches(made.spec))
+    assert len(asked) == 2 * batches and report.tally.thresholds == [0.05, 0.005]
+    (passed,) = report.others
+    assert not report.passed and passed.passed and passed.engine.name == "onnxruntime"
+    assert report.explanation.startswith(f"in {OpenVinoSession.engine}, ")
+    lines = report.table().splitlines()
+    assert lines[0].startswith("ONNX Runtime ") and f"{report.verdict}: in OpenVINO" in lines[-1]
+    report = verify(made.model, made.path, made.spec, engines=["onnxruntime"])
+    where = f"in one engine, {passed.engine}"
+    assert report.explanation == f"the graph gives Detectron2's detections, {where}"
+    assert report.passed and report.engines == [passed.engine]
 
 
 def test_a_broken_promise_fails(exported, tmp_path):
