@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from deploy.make_spec import make_spec
 from deploy.receipt import chain, environment, which_checkpoint
 from deploy.reduced.precision import FILES as REDUCED_FILES
 from deploy.reduced.precision import Inputs, Reduction, add_precision, require_all_passed
+from deploy.runtime import session_class
 from deploy.spec import ModelSpec
 from deploy.trt_lint import notes
 
@@ -47,6 +47,7 @@ def export(
     target: str = "onnx",
     filled: bool = False,
     images=None,
+    engines: Sequence[str] = (),
     force: bool = False,
     reduction: Optional[Reduction] = None,
 ) -> VerifyReport:
@@ -61,6 +62,7 @@ def export(
         target: "onnx", or "tensorrt": operators and sizes that TensorRT takes (see `trt_lint`).
         filled: all images will fill the canvas, so that nothing needs to be masked.
         images: folder of images to verify on, beside the built-in ones.
+        engines: to verify in; without any, those that are installed.
         force: replace an earlier export.
         reduction: what to make beside the float32 graph; default nothing.
     Returns:
@@ -79,7 +81,9 @@ def export(
     spec = make_spec(student, detector, size, dynamic, input_dtype, target, filled)
     pixels = read_images(images, spec) if images else None
     inputs = (reduction or Reduction()).open(student.classes)
-    loaded = Loaded(str(checkpoint), student, detector, spec, pixels, inputs)
+    for name in engines:
+        session_class(name)  # it is installed
+    loaded = Loaded(str(checkpoint), student, detector, spec, pixels, tuple(engines), inputs)
     make_folder(output)
     print(loaded.text())
     converted = _convert(loaded)
@@ -99,6 +103,7 @@ class Loaded:
     detector: ExportableDetector
     spec: ModelSpec
     pixels: Optional[Sequence[np.ndarray]]  # to verify on, beside the built-in images
+    engines: Tuple[str, ...]  # to verify in; () = those that are installed
     inputs: Inputs  # of other precisions, and to measure AP
 
     def text(self) -> str:
@@ -152,7 +157,7 @@ def _convert(loaded: Loaded) -> Converted:
 
 def _verify(loaded: Loaded, converted: Converted, file: Path) -> Verified:
     started = time.perf_counter()
-    report = verify(loaded.student.model, file, converted.spec, loaded.pixels)
+    report = verify(loaded.student.model, file, converted.spec, loaded.pixels, loaded.engines)
     return Verified(report, time.perf_counter() - started)
 
 
@@ -185,7 +190,14 @@ def _add_precisions(output, loaded: Loaded, converted: Converted, verified: Veri
     _write_report(output, loaded, converted, verified, **more)
     for precision in dict.fromkeys(inputs.wanted.precisions):
         made[precision] = add_precision(
-            precision, output, loaded.student, loaded.detector, spec, inputs, loaded.pixels
+            precision,
+            output,
+            loaded.student,
+            loaded.detector,
+            spec,
+            inputs,
+            loaded.pixels,
+            loaded.engines,
         )
         if made[precision]["verification"]["passed"] and spec.target == "tensorrt":
             more["tensorrt"] |= _describe_build(spec, output / f"model.{precision}.onnx")
@@ -228,7 +240,6 @@ def _write_report(output, loaded: Loaded, converted: Converted, verified: Verifi
 
 def run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     if (args.recipe, args.target) == ("onnx", "tensorrt"):
         raise UserError("--recipe onnx makes uint8, which TensorRT refuses: leave it out")
     export(
@@ -243,6 +254,7 @@ def run(argv: Optional[Sequence[str]]) -> int:
         target=args.target,
         filled=args.filled,
         images=args.images,
+        engines=args.engine,
         force=args.force,
         reduction=Reduction(
             args.precision,

@@ -4,6 +4,7 @@ import argparse
 
 from deploy.reduced.precision import PRECISIONS
 from deploy.reduced.quantize import RECIPES
+from deploy.serving.engine import add_engines
 
 _EXAMPLES = """examples:
   python deploy/export.py output/model_final.pth
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tensorrt: static NMS, constant sizes, lint, and the commands that build an engine",
     )
     parser.add_argument("--images", metavar="DIR", help="verify on these images too")
+    add_engines(parser)
     _add_precision_options(parser)
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

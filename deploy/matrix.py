@@ -9,7 +9,6 @@ import contextlib
 import json
 import platform
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -176,7 +175,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: Optional[List[str]]) -> int:
     args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     matrix = make_matrix(args.output, args.architectures, args.columns)
     text = to_markdown(matrix)
     write_json(Path(args.output) / "matrix.json", matrix)

@@ -2,7 +2,6 @@
 
 import argparse
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Callable, Optional, Sequence, Tuple
 
@@ -24,8 +23,8 @@ from deploy.reexport import (
     read_graph,
 )
 from deploy.runtime import session_class
-from deploy.serving import engine, time_limit
-from deploy.serving.engine import installed
+from deploy.serving import time_limit
+from deploy.serving.engine import add_engines, installed
 from deploy.spec import ModelSpec
 
 _EXAMPLES = """examples:
@@ -148,8 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="AP that int8 may lose to float32, of 100 (%(default)s)",
     )
-    text = "run the gates in this one only; again for more (default: each that is installed)"
-    engine.add_option(parser, text, action="append", default=[])
+    add_engines(parser)
     time_limit.add_option(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -158,7 +156,6 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Optional[Sequence[str]]) -> int:
     args = build_parser().parse_args(argv)
     time_limit.limit_time(args.time_limit)
-    warnings.filterwarnings("ignore", "torch.meshgrid")  # from Detectron2's anchor generator
     dataset = (args.dataset, args.images_root) if args.dataset else None
     differences, report = compare_with_checkpoint(
         args.model,

@@ -97,6 +97,7 @@ def _forget_loggers():
     for name in ("detectron2", "fvcore", "fgd"):
         logger = logging.getLogger(name)
         logger.propagate = True
+        logger.filters.clear()
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
             handler.close()

@@ -106,12 +106,13 @@ def add_precision(
     spec: ModelSpec,
     inputs: Inputs,
     images: Optional[Sequence[np.ndarray]],
+    engines: Sequence[str] = (),
 ) -> Dict:
     """Write model.<precision>.onnx and .json beside the verified model.onnx in `output`.
 
     Args:
         detector: from which model.onnx was made.  spec: of that.
-        images: to verify on, as in `verify`.
+        images, engines: to verify on and in, as in `verify`.
     Returns:
         What report.json says about it; "passed" False: it is kept as model.<precision>.failed.onnx.
     Raises:
@@ -127,10 +128,12 @@ def add_precision(
         recipe = inputs.wanted.recipe
         model = int8_model(single, spec, Reader(inputs.files, spec), recipe)
         details = {"recipe": recipe, "calibration": describe(inputs.files)}
-    return {**_judge(model, output, student, spec, inputs, images), **details}
+    return {**_judge(model, output, student, spec, inputs, images, engines), **details}
 
 
-def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images) -> Dict:
+def _judge(
+    model, output: Path, student, spec: ModelSpec, inputs: Inputs, images, engines: Sequence[str]
+) -> Dict:
     """Gate the graph under a temporary name, then give it the one it deserves."""
     content = model.SerializeToString(deterministic=True)
     spec.hashes["graph_sha256"] = hashlib.sha256(content).hexdigest()
@@ -138,7 +141,7 @@ def _judge(model, output: Path, student, spec: ModelSpec, inputs: Inputs, images
     with unnamed(output / f"{name}.onnx", content) as temporary:
         measure = partial(inputs.loss, output / "model.onnx", temporary) if inputs.data else None
         drop = inputs.wanted.max_ap_drop
-        report = verify_reduced(student.model, temporary, spec, images, measure, drop)
+        report = verify_reduced(student.model, temporary, spec, images, measure, drop, engines)
         print(f"{spec.precision}: {report.table()}")
         if report.passed:
             spec.to_json(output / f"{name}.json", report.engines)

@@ -51,6 +51,12 @@ def installed() -> List[str]:
     return [name for name in ENGINES if find_spec(name)]
 
 
+def add_engines(parser: argparse.ArgumentParser) -> None:
+    """--engine of what verifies: again for more, by default all that are installed."""
+    text = "run the gates in this one only; again for more (default: each that is installed)"
+    add_option(parser, text, action="append", default=[])
+
+
 def add_option(parser: argparse.ArgumentParser, text: Optional[str] = None, **options) -> None:
     """--engine; by default one of them, ONNX Runtime."""
     options = options or {"default": "onnxruntime"}

@@ -161,6 +161,7 @@ def test_fixed_batch_size_threshold_and_images(tmp_path):
     options = "--dynamic none --size 64 96 --score-threshold 0.2"
     options = [*options.split(), "--config-file", tmp_path / "my.yaml"]
     options += ["--output", tmp_path / "out", "--images", tmp_path / "photos"]
+    options += ["--engine", "openvino"]
     assert main([str(x) for x in (checkpoint, *options)]) == 0
     spec = ModelSpec.from_json(tmp_path / "out" / "model.json")
     assert (spec.dynamic, spec.height, spec.width) == ("none", 64, 96)
@@ -169,6 +170,8 @@ def test_fixed_batch_size_threshold_and_images(tmp_path):
     assert [d.dim_value for d in shape.dim] == [1, 3, 64, 96]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verification"]["images"] == 5 + 2
+    assert report["verification"]["engine"]["name"] == "openvino"
+    assert report["verification"]["others"] == []
 
 
 def test_an_earlier_export_is_kept_unless_forced(checkpoint, converted, capsys, monkeypatch):

@@ -6,6 +6,7 @@ supported. Elsewhere the project uses only what both have in common.
 
 import importlib
 import sys
+import warnings
 from importlib import resources
 from types import ModuleType
 
@@ -39,6 +40,8 @@ def _load_model_zoo() -> None:
 
 
 _load_model_zoo()
+# The anchor generators of both call torch.meshgrid without the argument that PyTorch will ask for.
+warnings.filterwarnings("ignore", "torch.meshgrid")
 
 
 def create_local_process_group(processes_per_machine: int) -> None:

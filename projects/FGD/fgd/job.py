@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from .config import check_config, check_device, checkpoint_config, load_config
+from .console import set_up_loggers
 from .data.checks import check_class_count, class_names, matched_by_name
 from .data.contents import describe_names, shared_images
 from .data.datasets import register_from_config
@@ -108,13 +108,9 @@ def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     Evaluation and doctor leave that file alone: it is the record of the training, and exporting
     reads it.
     """
-    names = ["fgd"]
-    if args.eval_only or args.doctor:
-        names += ["fvcore", "detectron2"]
-    else:
-        default_setup(cfg, args)  # makes those two itself
-    for name in names:
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    set_up_loggers(cfg.OUTPUT_DIR)
+    if not (args.eval_only or args.doctor):
+        default_setup(cfg, args)
 
 
 def train(

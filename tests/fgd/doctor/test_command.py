@@ -51,6 +51,25 @@ def test_a_healthy_run_has_no_fault(teacher, tmp_path, capfd):
         assert f"\n{name}" in log
 
 
+def test_a_distilled_run_says_twenty_lines_before_its_first_step(teacher, tmp_path, capfd):
+    cfg = distilled_cfg(tmp_path, teacher[1])
+    assert cli.main(["--config-file", str(write_config(cfg, tmp_path / "c.yaml"))]) == 0
+    out = capfd.readouterr().out
+    before = out[: out.index("Starting training from iteration 0")].splitlines()
+    assert len(before) <= 20
+    for text in (
+        "Distillation is ON: FGD on p3, p4, p5, p6, p7",
+        f"student RetinaNet, teacher RetinaNet from {teacher[1]}",
+        "Doctor (brief), written to ",
+        "checks are fine",
+    ):
+        assert sum(text in line for line in before) == 1, text
+    log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+    for text in ("Running with full config", "Environment info", "Model:\nDistiller", "what to do"):
+        assert text in log and text not in out
+    assert "\x1b[" not in out + log
+
+
 def test_suspicions_about_boxes_and_shared_images_are_findings(teacher, tmp_path, capfd):
     cfg = distilled_cfg(tmp_path, teacher[1])
     path = Path(cfg.DATASETS.JSON.TRAIN)

@@ -6,6 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..console import FILE_ONLY
 from ..methods.batch import Level
 from ..methods.method import Method, build_method
 from .config import asked_of_teacher, teacher_name
@@ -63,7 +64,8 @@ def make_plan(cfg: CfgNode, student: nn.Module, teacher: Optional[nn.Module]) ->
     sources = choose_sources(cfg.MODEL.DISTILLER.FEATURES, student, teacher, partners)
     for who, side in zip(("student", "teacher"), sources):
         if side:
-            logger.info(f"Distilled features of the {who}: {describe_sources(side)}")
+            text = f"Distilled features of the {who}: {describe_sources(side)}"
+            logger.info(text, extra=FILE_ONLY)
     taught = [(cls, x) for cls, own in levels.items() for x in own if x.teacher_name]
     same_grid = [x.name for cls, x in taught if cls.same_grid]
     return Plan(method, levels, *sources, same_grid)
@@ -78,7 +80,7 @@ def _log_levels(outputs: Tuple[Outputs, Outputs], levels: Sequence[Level]) -> No
     if of_stages:
         theirs = teacher.stages or teacher.levels
         table += f"\n{level_table(student.stages, theirs, of_stages)}"
-    logger.info(f"Levels of student and teacher:\n{table}")
+    logger.info(f"Levels of student and teacher:\n{table}", extra=FILE_ONLY)
 
 
 def freeze_teacher(

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..config import META_ARCHITECTURE, student_config
+from ..console import FILE_ONLY
 from ..data.checks import NUM_CLASSES_KEYS, class_names, config_value
 from ..data.contents import shared_images
 from ..data.stream import TrainStream
@@ -85,7 +86,11 @@ def examine(cfg: CfgNode, form: Form, patient: Optional[Patient] = None) -> Repo
         report.figures = {"form": form.name, **report.figures}
         path = os.path.join(cfg.OUTPUT_DIR, REPORT)
         report.write(path)
-        logger.info(f"Doctor ({form.name}), written to {path}:\n{report.text()}")
+        title = f"Doctor ({form.name}), written to {path}:"
+        brief = form.name == "brief"
+        logger.info(f"{title}\n{report.text()}", extra=FILE_ONLY if brief else None)
+        if brief:
+            logger.info(f"{title} {report.summary()}")
     complaint = comm.all_gather(report.complaint())[0]
     if complaint:
         raise UserError(f"doctor: {complaint}")

@@ -18,7 +18,8 @@ class Finding:
     Attributes:
         name: one of `fgd.doctor.settings.CHECKS`.
         verdict: OK; WARNING: may be meant; FAULT: distilling would be pointless or wrong.
-        found: what was found and where, with numbers. advice: what to do; "" when it is fine.
+        found: what was found and where, with numbers. advice: what to do; "" where nothing could
+            be better.
     """
 
     name: str
@@ -55,6 +56,16 @@ class Report:
         headers = ["check", "verdict", "found", "what to do"]
         table = tabulate(rows, headers, maxcolwidths=[None, None, 60, 50], disable_numparse=True)
         return "\n\n".join([table, *self.tables])
+
+    def summary(self) -> str:
+        """A line per finding that is not fine, and one that counts those that are."""
+        lines = [
+            f"{x.verdict}: {x.name}: {' '.join(f'{x.found}. {x.advice}'.split())}"
+            for x in self.findings
+            if x.verdict != OK
+        ]
+        fine = len(self.findings) - len(lines)
+        return "\n".join([f"{fine} of {len(self.findings)} checks are fine", *lines])
 
     def complaint(self) -> str:
         """The faults in one line, for the error that ends the run."""

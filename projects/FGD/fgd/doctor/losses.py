@@ -194,7 +194,9 @@ def check_losses(measured: Measured, factor: float, batches: int) -> Finding:
         return Finding("losses", FAULT, found, "not finite: check teacher, images and boxes")
     suggestion = suggested_factor(measured)
     if 1 / COMPARABLE <= suggestion / factor <= COMPARABLE:
-        return Finding("losses", OK, f"{found}; suggested factor {suggestion:g}, now {factor:g}")
+        same = f"{suggestion:g}" == f"{factor:g}"
+        advice = "" if same else f"nothing; MODEL.DISTILLER.FACTOR {suggestion:g} (now {factor:g})"
+        return Finding("losses", OK, found, advice and f"{advice} would make them equal")
     advice = f"start from MODEL.DISTILLER.FACTOR {suggestion:g} (now {factor:g}); --balance does"
     return Finding("losses", WARNING, found, advice)
 
