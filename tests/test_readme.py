@@ -20,6 +20,7 @@ from deploy import (
 from fgd import cli
 from fgd.adversarial import __main__ as adversarial
 from fgd.bench import __main__ as bench
+from fgd.start import __main__ as start
 from fgd.study import __main__ as study
 from fgd.visualize import __main__ as visualize
 from tools import versions
@@ -29,6 +30,7 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs"
 PARSERS = {
     "train_net.py": cli.build_parser,
     "python -m fgd.adversarial": adversarial.build_parser,
+    "python -m fgd.start": start.build_parser,
     "python -m fgd.study": study.build_parser,
     "python -m fgd.visualize": visualize.build_parser,
     "python -m fgd.bench": bench.build_parser,

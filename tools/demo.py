@@ -7,6 +7,7 @@ OUTPUT/README.md with one table, and pictures beside it.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,16 @@ def train(output: Path, config: str, teacher: str, seed: int) -> None:
         *("--arms", ",".join(arm for arm in ARMS if arm != "teacher")),
         *("--seeds", seed, "--jobs", 2, "--output", output),
         *("DATASETS.SHAPES.ROOT", output / "shapes"),
+    )
+
+
+def start(output: Path, train_json: Path, test_json: Path) -> None:
+    """What fgd.start makes of the same pictures: its configs are timed, and not trained."""
+    folder = output / "start"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo, which it would not overwrite
+    command(
+        *("python", "-m", "fgd.start", "--train", train_json, "--test", test_json),
+        *("--budget", 10, "--output", folder),
     )
 
 
@@ -147,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, seed = args.output.resolve(), args.seed
     started = time.perf_counter()
     train(output, args.config_file, args.teacher, seed)
-    (test_json,) = (output / "shapes").glob("test-*/annotations.json")
+    (train_json,), (test_json,) = (
+        (output / "shapes").glob(f"{part}-*/annotations.json") for part in ("train", "test")
+    )
+    start(output, train_json, test_json)
     deployed = {
         arm: export_and_measure(run_folder(output, arm, seed), test_json)
         for arm in ("teacher", "inherit+distil")

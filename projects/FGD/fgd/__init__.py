@@ -2,7 +2,7 @@
 
 Folders from the ground up; each imports only those before it (tests/test_imports.py):
 processes, data, detectors, methods, distillation, engine, visualize, doctor, adversarial, study,
-bench.
+start, bench.
 """
 
 from .compat import lend_deform_conv

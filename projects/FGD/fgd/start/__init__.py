@@ -1,0 +1,1 @@
+"""From a COCO JSON to configs of teacher, student and distilled student."""
