@@ -2,8 +2,8 @@
 
 import argparse
 
-_DEFAULT = 600.0
-_seconds = _DEFAULT
+DEFAULT = 600.0
+_seconds = DEFAULT
 
 
 def time_limit() -> float:
@@ -22,7 +22,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit",
         type=_positive,
-        default=_DEFAULT,
+        default=DEFAULT,
         metavar="SECONDS",
         help="longest that a run of the graph, or a server's answer, may take (%(default)s)",
     )

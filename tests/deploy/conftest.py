@@ -15,6 +15,7 @@ from deploy.checks.tiny import CANVAS, CLASSES, conditioned, scenes, tiny_cfg  #
 from deploy.export import main
 from deploy.graphs import exportable
 from deploy.runtime import OrtDetector
+from deploy.serving.time_limit import DEFAULT, limit_time
 from deploy.spec import ModelSpec
 from tests.conftest import make_tiny_cfg
 
@@ -68,6 +69,13 @@ def save_checkpoint(model, cfg, path, /, **changes):
         path,
     )
     return path
+
+
+@pytest.fixture(autouse=True)
+def _default_time_limit():
+    """Commands set it for their process."""
+    yield
+    limit_time(DEFAULT)
 
 
 @pytest.fixture(scope="session")

@@ -38,13 +38,18 @@ def test_the_suggested_factor_by_hand():
 
 
 @pytest.mark.parametrize(
-    "factor, verdict",
-    [(0.17, "ok"), (0.5, "ok"), (0.06, "ok"), (1.0, "warning"), (0.01, "warning")],
+    "factor, verdict, advice",
+    [
+        (0.17, "ok", ""),
+        (0.5, "ok", "nothing; MODEL.DISTILLER.FACTOR 0.17 (now 0.5) would make them equal"),
+        (0.06, "ok", "nothing; MODEL.DISTILLER.FACTOR 0.17 (now 0.06) would make them equal"),
+        (1.0, "warning", "start from MODEL.DISTILLER.FACTOR 0.17 (now 1); --balance does"),
+        (0.01, "warning", "start from MODEL.DISTILLER.FACTOR 0.17 (now 0.01); --balance does"),
+    ],
 )
-def test_within_a_factor_of_three_is_comparable(factor, verdict):
+def test_within_a_factor_of_three_is_comparable(factor, verdict, advice):
     finding = check_losses(measured(), factor, 10)
-    assert finding.verdict == verdict
-    assert ("MODEL.DISTILLER.FACTOR 0.17" in finding.advice) is (verdict == "warning")
+    assert (finding.verdict, finding.advice) == (verdict, advice)
 
 
 def test_nothing_and_infinity_are_faults():

@@ -16,7 +16,6 @@ import os
 import shlex
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -86,7 +85,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Write the configs; 2 for an error of the user's."""
     args = build_parser().parse_args(argv)
     logging.getLogger("detectron2").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "torch.meshgrid")
     try:
         run(args)
     except (UserError, DivergedError, OSError) as error:
