@@ -9,7 +9,6 @@ from deploy.errors import UserError
 from deploy.export import main
 from deploy.runtime import OrtDetector
 from deploy.serving.preprocess import prepare
-from deploy.verify import main as verify
 
 from .conftest import (
     CANVAS,
@@ -62,12 +61,6 @@ def test_other_images_are_marked_by_the_graph_and_refused_by_the_client(filled, 
     assert "less than 32 below it" in str(spec.interface()["inputs"])
     detector = OrtDetector(filled.path)
     assert len(detector.detect([np.zeros((*CANVAS, 3), np.uint8)])) == 1
-
-
-def test_it_verifies_against_its_checkpoint_in_the_engine_asked_for(filled, capsys):
-    assert verify([str(filled.path), str(filled.checkpoint), "--engine", "openvino"]) == 0
-    out = capsys.readouterr().out
-    assert "Detectron2's detections, in one engine, OpenVINO 20" in out and "Runtime" not in out
 
 
 def test_without_a_canvas_it_is_refused(filled, tmp_path, capsys):

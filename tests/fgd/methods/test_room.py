@@ -1,12 +1,10 @@
-"""The method of docs/methods.md, which the product knows nothing of, through all of the product."""
+"""The method of docs/methods.md, which the product knows nothing of, through all of the product.
 
-import importlib
+As an arm of a study it is in tests/fgd/study/test_end_to_end.py.
+"""
+
 import json
-import os
-import re
 import shutil
-import sys
-from pathlib import Path
 
 import onnx
 import pytest
@@ -17,32 +15,17 @@ from deploy.export import main as export
 from fgd.bench.__main__ import main as bench
 from fgd.cli import main as train_net
 from fgd.config import get_fgd_cfg
-from fgd.methods import METHOD_REGISTRY
-from fgd.study.__main__ import main as study
 from fgd.visualize.__main__ import main as visualize
 from tests.fgd.doctor.clinic import student_cfg, train_teacher, write_config
+from tests.fgd.study.methods import toy_installed
 from tests.fgd.training import assert_equal
-
-DOCS = Path(__file__).parents[3] / "docs" / "methods.md"
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """The class, from an installed package as far as this process and its children can tell."""
-    site = tmp_path_factory.mktemp("site")
-    (code,) = re.findall(r"```python\n(.*?class Toy.*?)```", DOCS.read_text(), re.DOTALL)
-    (site / "toy_method.py").write_text(code)
-    info = site / "toy-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[fgd.methods]\ntoy = toy_method\n")
-    with pytest.MonkeyPatch.context() as patch:
-        path = os.environ.get("PYTHONPATH", "")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(site), path]) if path else str(site))
-        patch.syspath_prepend(str(site))
-        yield importlib.import_module("toy_method").Toy
-    METHOD_REGISTRY._obj_map.pop("Toy")
-    sys.modules.pop("toy_method")
+    with toy_installed(tmp_path_factory.mktemp("site")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +98,6 @@ def test_its_pictures_are_drawn(run, tmp_path, capsys):
     words = [str(run / "model_final.pth"), str(image), "--output", str(tmp_path)]
     assert visualize(words) == 0
     assert (tmp_path / "0.png").stat().st_size > 10_000
-
-
-def test_a_study_has_its_arm(config, tmp_path, capsys):
-    data = config.parent / "data" / "data.json"
-    words = ["--config-file", str(config), "--output", str(tmp_path), "--arms", "student,distil"]
-    words += ["--resamples", "5", "--jobs", "2", "DATASETS.JSON.TEST", str(data)]
-    assert study(words) == 0
-    page = (tmp_path / "study.md").read_text()
-    assert "distil against student" in page and "Distilled maps of a test image" in page
-    none = "seed 0: bbox has no AP, because nothing was detected"  # after two steps
-    missing = json.loads((tmp_path / "study.json").read_text())["missing"]
-    assert missing == [f"student, {none}", f"distil, {none}"]
 
 
 def test_its_step_is_measured(config, tmp_path):

@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import re
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from fgd.methods import METHOD_REGISTRY, Method
+
+DOCS = Path(__file__).parents[3] / "docs" / "methods.md"
 
 
 @contextmanager
@@ -21,33 +25,21 @@ def method(name, needs=("teacher", "maps")):
         METHOD_REGISTRY._obj_map.pop(name)
 
 
-CODE = """
-from fgd.methods import METHOD_REGISTRY, Method
-
-
-@METHOD_REGISTRY.register()
-class Planted(Method):
-    terms = ("distance",)
-
-    def forward(self, batch):
-        pairs = {k: (batch.student[k], batch.teacher[k]) for k in batch.student}
-        return {k: self.weigh({"distance": (s - t).abs().mean()}) for k, (s, t) in pairs.items()}
-"""
-
-
 @contextmanager
-def installed(site):
-    """The method `Planted` in a package of its own, for this process and its children."""
-    (site / "planted_method.py").write_text(CODE)
-    info = site / "planted-1.0.dist-info"
+def toy_installed(site):
+    """The method of docs/methods.md, from a package in this folder, for this process and its
+    children.
+    """
+    (code,) = re.findall(r"```python\n(.*?class Toy.*?)```", DOCS.read_text(), re.DOTALL)
+    (site / "toy_method.py").write_text(code)
+    info = site / "toy-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[fgd.methods]\nplanted = planted_method\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fgd.methods]\ntoy = toy_method\n")
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.syspath_prepend(str(site))
-        importlib.import_module("planted_method")
-        yield
-    METHOD_REGISTRY._obj_map.pop("Planted")
-    sys.modules.pop("planted_method")
+        yield importlib.import_module("toy_method").Toy
+    METHOD_REGISTRY._obj_map.pop("Toy")
+    sys.modules.pop("toy_method")

@@ -13,7 +13,7 @@ from fgd.study.__main__ import main
 from tests.fgd.doctor.clinic import student_cfg, train_teacher
 from tests.fgd.test_jobs import processes_of
 
-from .methods import installed
+from .methods import toy_installed
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def configs(tmp_path_factory):
     """Two stages of a student that detects already; the first is also the study's config."""
     folder = tmp_path_factory.mktemp("chain")
     (folder / "site").mkdir()
-    with installed(folder / "site"):
+    with toy_installed(folder / "site"):
         cfg = student_cfg(folder)
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()  # DATASETS.JSON names them
         cfg.MODEL.FPN.OUT_CHANNELS = 24
@@ -31,7 +31,7 @@ def configs(tmp_path_factory):
         cfg.DOCTOR.BRIEF, cfg.DOCTOR.BATCHES = False, 1
         cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.BASE_LR = 4, (), 1e-4
         paths = []
-        for name, method, iterations in (("b", "FGD", 9), ("a", "Planted", 4)):
+        for name, method, iterations in (("b", "FGD", 9), ("a", "Toy", 4)):
             cfg.MODEL.DISTILLER.METHOD, cfg.MODEL.DISTILLER.INHERIT = method, name == "b"
             cfg.MODEL.DISTILLER.FACTOR = 1e-3
             cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = iterations, 3
@@ -53,7 +53,7 @@ def test_a_study_from_beginning_to_end(configs, tmp_path, capfd):
     first, second = configs
     (tmp_path / "inherit_0").write_text("in the way")  # so this run cannot start
     words = ["--config-file", str(first), "--output", str(tmp_path), "--resamples", "50"]
-    words += ["--arms", "FGD,FGD+Planted,inherit,stages", "--factor", "FGD=0.002"]
+    words += ["--arms", "FGD,FGD+Toy,inherit,stages", "--factor", "FGD=0.002"]
     words += ["--stages", f"{first},{second}", "--jobs", "2", "--threads", "1"]
     stages = [tmp_path / "stages_0" / f"stage{i}" for i in (1, 2)]
     killer = threading.Thread(target=kill_in_training, args=(stages[1],))
@@ -74,7 +74,7 @@ def test_a_study_from_beginning_to_end(configs, tmp_path, capfd):
     assert log.count("Starting training from iteration 3") == 1
     study = json.loads((tmp_path / "study.json").read_text())
     rows = {row["arm"]: row for row in study["arms"]}
-    assert list(rows) == ["teacher", "FGD", "FGD+Planted", "stages"]
+    assert list(rows) == ["teacher", "FGD", "FGD+Toy", "stages"]
     (missing,) = study["missing"]
     assert missing.startswith("FAILED: inherit, seed 0: ") and "inherit_0" in missing
     check_stages(study, rows)
@@ -95,10 +95,10 @@ def check_stages(study, rows):
 def check_factors(folder, rows):
     """FGD's is the given one; that of the sum was measured, and is in its config.yaml."""
     assert rows["FGD"]["factors"] == [0.002] and rows["stages"]["factors"] == [0.001]
-    (measured,) = rows["FGD+Planted"]["factors"]
-    recorded = load_config(str(folder / "FGD+Planted_0" / "config.yaml")).MODEL.DISTILLER
-    assert measured == recorded.FACTOR and recorded.METHOD == "FGD+Planted"
-    log = (folder / "FGD+Planted_0" / "log.txt").read_text()
+    (measured,) = rows["FGD+Toy"]["factors"]
+    recorded = load_config(str(folder / "FGD+Toy_0" / "config.yaml")).MODEL.DISTILLER
+    assert measured == recorded.FACTOR and recorded.METHOD == "FGD+Toy"
+    log = (folder / "FGD+Toy_0" / "log.txt").read_text()
     assert f"FACTOR {measured:g} instead of 0.001" in log
 
 
@@ -106,12 +106,12 @@ def check_page(folder, study):
     compared = [(row["arm"], row["against"], row["class"]) for row in study["changes"]["bbox"]]
     classes = ["square", "disc", "cross"]
     assert compared == [
-        *(("FGD+Planted", "FGD", name) for name in ("all classes", *classes)),
-        *((arm, "teacher", name) for arm in ("FGD", "FGD+Planted") for name in classes),
+        *(("FGD+Toy", "FGD", name) for name in ("all classes", *classes)),
+        *((arm, "teacher", name) for arm in ("FGD", "FGD+Toy") for name in classes),
     ]
     page = (folder / "study.md").read_text()
     for text in (
-        *("Teachers in a row, boxes", "Ranked by AP, boxes", "FGD+Planted against FGD, boxes"),
+        *("Teachers in a row, boxes", "Ranked by AP, boxes", "FGD+Toy against FGD, boxes"),
         *(
             "measured at the start of each run",
             "add the arm single-long",
