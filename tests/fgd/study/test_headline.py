@@ -48,6 +48,8 @@ def test_it_pays():
     [
         (0.4, 0.2, "It does not pay, as far as this study can tell: ", ", which cannot be told "),
         (-3.0, 0.01, "It does harm: ", "; +5.0 AP (3.7 to 6.1; corrected p 0.300) over the "),
+        (2.0, 0.2, "It may pay: ", ", but a comparison of its own would tell it, the 2 of this "),
+        (-2.0, 0.2, "It may do harm: ", "of this page do not: take more seeds or fewer arms; +5"),
     ],
 )
 def test_it_does_not_pay(difference, corrected, start, end):

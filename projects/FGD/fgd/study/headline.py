@@ -17,6 +17,7 @@ _ANSWERS = {
     BEHIND: "It does harm",
     SAME: "It does not pay, as far as this study can tell",
 }
+_ALONE = "a comparison of its own would tell it, the {} of this page do not"
 _LONGER = 1.05  # times the student's step: less is the noise of the clock
 
 
@@ -50,7 +51,7 @@ def headline(
     for kind, compared in changes.items():
         tested = _overall(compared)
         judged = _judge(tested, distilled)
-        found = _verdict(judged, tested) + _others(judged) + _doubts(judged, ratios)
+        found = _verdict(judged, tested, len(tested)) + _others(judged) + _doubts(judged, ratios)
         name = {"bbox": "Boxes: ", "segm": "Masks: "}[kind] if len(changes) > 1 else ""
         lines += [f"{name}{line}" for line in found]
         if judged and kind == list(changes)[-1]:
@@ -88,13 +89,19 @@ def gain(row: dict, p: bool = True) -> str:
     return f"{row['difference']:+.1f} AP ({row['low']:.1f} to {row['high']:.1f}{corrected})"
 
 
-def _verdict(judged: Sequence[Judged], tested: Dict[Tuple[str, str], dict]) -> List[str]:
+def _verdict(
+    judged: Sequence[Judged], tested: Dict[Tuple[str, str], dict], comparisons: int
+) -> List[str]:
     if not judged:
         return []
     best, against = judged[0], judged[0].row["against"]
-    text = f"{_ANSWERS[best.verdict]}: {best.arm} {gain(best.row)} over {_REFERENCES[against]}"
+    answer, doubt = _ANSWERS[best.verdict], ""
     if best.verdict == SAME:
-        text += ", which cannot be told from no change"
+        doubt = ", which cannot be told from no change"
+        if best.row["low"] > 0 or best.row["high"] < 0:  # but for the correction
+            answer = "It may pay" if best.row["low"] > 0 else "It may do harm"
+            doubt = f", but {_ALONE.format(comparisons)}: take more seeds or fewer arms"
+    text = f"{answer}: {best.arm} {gain(best.row)} over {_REFERENCES[against]}{doubt}"
     alone = tested.get((best.arm, STUDENT))
     if against != STUDENT and alone:
         shown = " (not told apart)" if verdict(alone) == SAME else ""
