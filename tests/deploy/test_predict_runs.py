@@ -258,9 +258,9 @@ def test_two_runs_cannot_share_an_output(model, many, tmp_path, capsys):
     out, content = tmp_path / "out", many[1].read_bytes()
     many[1].unlink()
     os.mkfifo(many[1])
-    process = typed(model, *many, "--output", out)
-    while not (out / "detections.jsonl").exists():
-        assert process.poll() is None
+    process, journal = typed(model, *many, "--output", out), out / "detections.jsonl"
+    while not journal.exists() or len(journal.read_text().splitlines()) < 2:
+        assert process.poll() is None  # it finishes the first image, then waits for the second
         time.sleep(0.01)
     other = tmp_path / "other.onnx"
     write_fake_graph(other, divisor=256.0)
