@@ -27,7 +27,7 @@ from deploy.make_spec import make_spec
 from deploy.receipt import chain, environment, which_checkpoint
 from deploy.reduced.precision import FILES as REDUCED_FILES
 from deploy.reduced.precision import Inputs, Reduction, add_precision, require_all_passed
-from deploy.runtime import session_class
+from deploy.runtime import engines_asked_for
 from deploy.spec import ModelSpec
 from deploy.trt_lint import notes
 
@@ -81,9 +81,8 @@ def export(
     spec = make_spec(student, detector, size, dynamic, input_dtype, target, filled)
     pixels = read_images(images, spec) if images else None
     inputs = (reduction or Reduction()).open(student.classes)
-    for name in engines:
-        session_class(name)  # it is installed
-    loaded = Loaded(str(checkpoint), student, detector, spec, pixels, tuple(engines), inputs)
+    engines = engines_asked_for(engines)
+    loaded = Loaded(str(checkpoint), student, detector, spec, pixels, engines, inputs)
     make_folder(output)
     print(loaded.text())
     converted = _convert(loaded)
@@ -103,7 +102,7 @@ class Loaded:
     detector: ExportableDetector
     spec: ModelSpec
     pixels: Optional[Sequence[np.ndarray]]  # to verify on, beside the built-in images
-    engines: Tuple[str, ...]  # to verify in; () = those that are installed
+    engines: Sequence[str]  # to verify in
     inputs: Inputs  # of other precisions, and to measure AP
 
     def text(self) -> str:

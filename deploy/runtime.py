@@ -2,13 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Type
+from typing import Dict, List, Optional, Sequence, Type
 
 import numpy as np
 
 from deploy.errors import UserError
 from deploy.serving.detector import Detector
-from deploy.serving.engine import ENGINES, EXTRAS, Session
+from deploy.serving.engine import ENGINES, EXTRAS, Session, installed
 from deploy.serving.graph_file import read_graph_file
 from deploy.serving.graph_interface import GraphInterface, read_interface
 from deploy.serving.preprocess import MAX_PIXELS
@@ -106,6 +106,13 @@ def session_class(engine: str) -> Type[Session]:
             f"{ENGINES[engine]} cannot be used: {error}. It comes with the extra "
             f"{EXTRAS[engine]}: pip install -e '.[{EXTRAS[engine]}]'"
         ) from error
+
+
+def engines_asked_for(engines: Sequence[str] = ()) -> List[str]:
+    """These; without any, those that are installed. UserError: one of them is not installed."""
+    for engine in engines:
+        session_class(engine)
+    return list(engines) or installed()
 
 
 def _read_spec(interface: GraphInterface, path: Path) -> ModelSpec:

@@ -22,9 +22,9 @@ from deploy.reexport import (
     make_reference,
     read_graph,
 )
-from deploy.runtime import session_class
+from deploy.runtime import engines_asked_for
 from deploy.serving import time_limit
-from deploy.serving.engine import add_engines, installed
+from deploy.serving.engine import add_engines
 from deploy.spec import ModelSpec
 
 _EXAMPLES = """examples:
@@ -68,9 +68,7 @@ def compare_with_checkpoint(
         raise UserError(f"{onnx_path} is int8: what that costs is seen in AP; give --dataset")
     if spec.precision == "fp32" and dataset:
         raise UserError(f"{onnx_path} is float32: --dataset is for what a precision costs")
-    engines = engines or installed()
-    for name in engines:
-        session_class(name)
+    engines = engines_asked_for(engines)
     student = _load_as(spec, checkpoint, config_file)
     pixels = read_images(images, spec) if images else None
     data = load_dataset(*dataset) if dataset else None

@@ -21,7 +21,7 @@ from deploy.checks.verify_report import ENOUGH, Tally, VerifyReport, decide, gat
 from deploy.errors import ParityError
 from deploy.graphs.common import ExportableDetector
 from deploy.graphs.tensorrt.nms_rounds import Rounds
-from deploy.serving.engine import installed
+from deploy.runtime import engines_asked_for
 from deploy.serving.progress import show_progress
 from deploy.spec import ModelSpec, fills
 
@@ -51,7 +51,7 @@ def verify(
     detectron2, judge = Detectron2(model, batches), RawJudge(model)
     return together(
         _verify_in(GraphUnderTest(file, str(onnx_path), engine), detectron2, judge, spec)
-        for engine in engines or installed()
+        for engine in engines_asked_for(engines)
     )
 
 

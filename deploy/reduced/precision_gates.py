@@ -21,8 +21,7 @@ from deploy.coco_data import CocoData
 from deploy.evaluate import evaluate_graph
 from deploy.graphs import exportable
 from deploy.reduced.layers import check_precision
-from deploy.runtime import load
-from deploy.serving.engine import installed
+from deploy.runtime import engines_asked_for, load
 from deploy.spec import ModelSpec
 
 CLOSE = 0.99  # of Detectron2's detections, that float16 finds within these bounds:
@@ -130,7 +129,7 @@ def verify_reduced(
             measure(engine) if measure else None,
             max_ap_drop,
         )
-        for engine in engines or installed()
+        for engine in engines_asked_for(engines)
     )
 
 

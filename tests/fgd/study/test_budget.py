@@ -28,7 +28,7 @@ def measured(monkeypatch):
     def alone(_, student, arm, *more):
         name = arm[-1]
         pairs.append(name)
-        return StepTime(SECONDS[name] / 0.5, SECONDS[name], 0.5, 1.0)
+        return StepTime(SECONDS[name] / 0.5, 0.5, 1.0)
 
     monkeypatch.setattr(step_times, "run_alone", alone)
     return pairs

@@ -118,7 +118,7 @@ def test_the_long_student_is_trained_for_the_measured_time(tmp_path, monkeypatch
 
     def alone(_, student, arm, rounds, threads):
         timed.append((student, arm, threads))
-        return StepTime(1.6, 0.8, 0.5, 0.5)
+        return StepTime(1.6, 0.5, 0.5)
 
     monkeypatch.setattr(step_times, "run_alone", alone)
     Runner.command(runner, runner.runs[-1])

@@ -4,6 +4,7 @@ import logging
 from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine.train_loop import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -68,6 +69,11 @@ class SimpleStep(StepTogether, SimpleTrainer):
 
 class AMPStep(SkipsCounted, StepTogether, AMPTrainer):
     """Detectron2's step in mixed precision."""
+
+
+def build_step(cfg: CfgNode, model: nn.Module, data, optimizer) -> StepTogether:
+    """In the precision of the config."""
+    return (AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep)(model, data, optimizer)
 
 
 def check_together(loss_dict: Dict[str, Tensor], images: Sequence[str] = ()) -> str:

@@ -38,7 +38,7 @@ from .header import describe_run
 from .history import ContinueMetrics, repair_metrics
 from .hooks import LogLevelTotals, SavePeriodically
 from .same_start import describe_start
-from .step import AMPStep, RunningStatistics, SimpleStep
+from .step import RunningStatistics, build_step
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class FGDTrainer(DefaultTrainer):
             remove_stale_temporaries(cfg.OUTPUT_DIR)
         model, optimizer, self.stream, header = on_every_process(lambda: self._parts(cfg))
         check_alike(lambda: describe_start(cfg, header))
-        step = AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep
-        self._trainer = step(compat.wrap_ddp(model), self.stream, optimizer)
+        self._trainer = build_step(cfg, compat.wrap_ddp(model), self.stream, optimizer)
         self._statistics = RunningStatistics(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         decay = cfg.SOLVER.EMA_DECAY

@@ -93,21 +93,21 @@ def equal_time(
     wanted = [name for name in dict.fromkeys((*timed, base)) if name != STUDENT]
     times = measure(output, words, STUDENT, wanted, threads)
     slowest = max(timed, key=lambda name: times[name].ratio)
-    taught, student = times[slowest].ratio, times[slowest].student
+    taught, student, clock = times[slowest]
     own = 1.0 if base == STUDENT else times[base].ratio
     spent = _labelling(arm, label_seconds) if has_labels(arm) else 0.0
-    left = scheduled * taught - spent / times[slowest].clock
+    left = scheduled * taught - spent / clock
     if left < own:
         raise UserError(
             f"{arm}: labelling took {spent:.0f} s, longer than {slowest} trains "
-            f"({scheduled * taught * times[slowest].clock:.0f} s), so nothing is left for it"
+            f"({scheduled * taught * clock:.0f} s), so nothing is left for it"
         )
     ratio = left / own / scheduled
     if arm == LONG:  # never for less than the others, should distillation cost nothing
         ratio = max(1.0, ratio)
     budget = {
         "arm": slowest,
-        "seconds": {STUDENT: student, **{name: times[name].seconds for name in wanted}},
+        "seconds": {STUDENT: student, **{name: student * times[name].ratio for name in wanted}},
         "ratio": ratio,
         "iterations": math.ceil(round(scheduled * ratio, 6)),
         "scheduled": scheduled,

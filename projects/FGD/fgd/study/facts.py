@@ -68,8 +68,8 @@ def time_facts(measured: Mapping[str, dict]) -> List[str]:
             "Warm-up and steps of the schedule are stretched alike. The teacher's own training is "
             "not in that time."
         )
-    times = measured[LONG]["seconds"] if LONG in measured else {}
-    slowest = measured[LONG]["arm"] if LONG in measured else ""
+    times = measured.get(LONG, {"seconds": {}})["seconds"]
+    slowest = measured.get(LONG, {}).get("arm")
     others = [name for name in times if name not in (STUDENT, slowest)]
     if others:
         shares = ", ".join(f"{name} {times[name] / times[slowest]:.2f}" for name in others)

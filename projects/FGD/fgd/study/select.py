@@ -9,7 +9,7 @@ from ..data.contents import shared_between
 from ..data.datasets import image_sets
 from ..engine.solver import check_solver
 from ..errors import UserError
-from .arms import SINGLE, TEACHER, TIMED, study_config
+from .arms import LONG, SINGLE, TEACHER, TIMED, study_config
 from .run import Run, parts
 
 _KEY, _METRIC = "SOLVER.KEEP_BEST", "bbox/AP"
@@ -65,7 +65,12 @@ def select_facts(runs: Sequence[Run], cfg: CfgNode) -> List[str]:
         f"{name}, evaluated every {cfg.TEST.EVAL_PERIOD} iterations; the test set had no part in "
         "the choice. Chosen at: after so many iterations. A teacher is the checkpoint that teaches."
     ]
-    longer = [arm for arm in (*TIMED, SINGLE) if any(run.arm == arm for run in chosen)]
+    longer = [arm for arm in (LONG, SINGLE) if any(run.arm == arm for run in chosen)]
     if longer:
         lines.append(f"Longer runs ({', '.join(longer)}) have more checkpoints to choose from.")
+    timed = [arm for arm in TIMED if arm != LONG and any(run.arm == arm for run in chosen)]
+    if timed:
+        lines.append(
+            f"Runs for equal time ({', '.join(timed)}) have more or fewer, as they have iterations."
+        )
     return lines

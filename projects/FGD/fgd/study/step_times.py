@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
@@ -18,7 +19,7 @@ from fgd_inputs.json_file import number, read_json
 from .. import compat
 from ..config import load_config
 from ..data.datasets import register_from_config
-from ..engine.step import AMPStep, SimpleStep
+from ..engine.step import build_step
 from ..engine.trainer import FGDTrainer
 from ..errors import UserError
 from ..processes.alone import run_alone
@@ -34,12 +35,11 @@ class StepTime(NamedTuple):
 
     Attributes:
         ratio: median of the ratios within each round.
-        seconds, student: of a step, medians: processor time on a CPU, the clock on a GPU.
-        clock: of a step of the student, median.
+        student: seconds of its step, median: processor time on a CPU, the clock on a GPU.
+        clock: the same by the clock.
     """
 
     ratio: float
-    seconds: float
     student: float
     clock: float
 
@@ -61,8 +61,7 @@ class Steps:
         model = FGDTrainer.build_model(cfg)
         stream = FGDTrainer.build_train_loader(cfg)
         compat.unwrap(model).seed = stream.seed  # what a method draws follows from it
-        step = AMPStep if cfg.SOLVER.AMP.ENABLED else SimpleStep
-        self.step = step(model, stream, FGDTrainer.build_optimizer(cfg, model))
+        self.step = build_step(cfg, model, stream, FGDTrainer.build_optimizer(cfg, model))
         self.count = itertools.count()
 
     def __call__(self) -> None:
@@ -86,11 +85,11 @@ def time_beside(student: Sequence[str], arm: Sequence[str], rounds: int, threads
     # As in a training with a seed: TorchScript would otherwise compile in the timed rounds.
     with torch.jit.optimized_execution(False):
         times = alternate(rows, rounds, device)
-    own, alone = (times[name].cpu for name in ("arm", "student"))
-    if device.type != "cpu":
-        own, alone = (times[name].wall for name in ("arm", "student"))
-    medians = (float(torch.tensor(x).median()) for x in (own, alone, times["student"].wall))
-    return StepTime(ratio(own, alone), *medians)
+    own, alone = (
+        x.cpu if device.type == "cpu" else x.wall for x in (times["arm"], times["student"])
+    )
+    clock = times["student"].wall
+    return StepTime(ratio(own, alone), float(np.median(alone)), float(np.median(clock)))
 
 
 def measure(
